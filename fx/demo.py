@@ -1,0 +1,86 @@
+"""The extraction demo: fine-tune on one item, extract it with three arms, print the scores, save a picture.
+
+    python -m fx.demo                                  # one artist of the shipped style set
+    python -m fx.demo object/rooster --method lora
+    python -m fx.demo ~/photos/dog --caption "a dog"   # any folder of images
+"""
+
+import argparse
+import json
+import sys
+
+import numpy as np
+
+from fx import plots, results
+from fx.datasets import load_images, load_item, to_uint8
+from fx.extraction import Extract, three_arms
+from fx.finetune import METHODS, FineTune
+from fx.similarity import copy_thresholds
+
+# The settings chosen on the development items in notebook 03, per fine-tuning method.
+CHOSEN = {
+    "dreambooth": {"learning_rate": 2.0e-5, "cfg_scale": 3.0, "finextract_scale": 3.0, "correction_scale": 0.0},
+    "lora": {"learning_rate": 1.0e-3, "cfg_scale": 3.0, "finextract_scale": 5.0, "correction_scale": 0.0},
+}
+
+
+def arguments(words: list[str] | None = None) -> argparse.Namespace:
+    """Read the command line; unknown words are refused by argparse."""
+    parser = argparse.ArgumentParser("python -m fx.demo", description=__doc__.split("\n\n")[0])
+    parser.add_argument("item", nargs="?", default="style/zazou", help="a shipped item or a folder of images")
+    parser.add_argument("--caption", default="", help="training caption; a folder needs one")
+    parser.add_argument("--method", choices=METHODS, default="dreambooth", help="how to fine-tune")
+    parser.add_argument("--images", type=int, default=20, help="generated images per training image (default 20)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of fine-tuning and sampling (default 0)")
+    return parser.parse_args(words)
+
+
+def specs(options: argparse.Namespace) -> list[Extract]:
+    """The three extractions of the demo."""
+    chosen = CHOSEN[options.method]
+    rank = 64 if options.method == "lora" else 0
+    finetune = FineTune(
+        options.item,
+        caption=options.caption,
+        method=options.method,
+        learning_rate=chosen["learning_rate"],
+        rank=rank,
+        alpha=rank,
+        seed=options.seed,
+    )
+    scales = {name: chosen[name] for name in ("cfg_scale", "finextract_scale", "correction_scale")}
+    return three_arms(finetune, options.images, seed=options.seed, **scales)
+
+
+def main(words: list[str] | None = None) -> None:
+    """Run the demo and say what came out."""
+    options = arguments(words)
+    item = load_item(options.item, options.caption)
+    print(results.environment_summary())
+    print(f"{item.name}: {item.n_training} training images, caption {item.caption!r}, {options.method}")
+    asked = specs(options)
+    rows = results.run(asked, description="demo")
+    loose, strict = copy_thresholds("mini-sscd")
+    print(f"\nA-ESR thresholds of mini-sscd: strict {strict:.2f}, loose {loose:.2f}\n")
+    columns = ["arm", "AS", "A-ESR_strict", "A-ESR_loose", "n_extracted", "n_generated"]
+    print(rows[columns].to_string(index=False, float_format="{:.3f}".format))
+    path = plots.save(picture(asked, item), "demo-" + options.item.strip("/").replace("/", "-").split("~")[-1], "mini")
+    print(f"\nEvery training image below what each arm extracted for it: {path}")
+
+
+def picture(asked: list[Extract], item) -> plots.Figure:
+    """Training images and, per arm, the extracted image that matches each of them best."""
+    size = np.load(results.folder(asked[0].generate) / "images.npy", mmap_mode="r").shape[1]
+    rows = {"training": to_uint8(load_images(item.training, size))}
+    for spec in asked:
+        images = np.load(results.folder(spec.generate) / "images.npy", mmap_mode="r")
+        matches = json.loads((results.folder(spec) / "matches.json").read_text())
+        rows[plots.ARM_LABELS[spec.generate.arm]] = images[matches["match"]]
+    return plots.picture_rows(rows, f"{item.name}: training images and what was extracted for them")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ValueError, FileNotFoundError) as error:
+        sys.exit(f"fx.demo: {error}")

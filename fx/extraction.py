@@ -1,0 +1,112 @@
+"""Extraction of one item by one arm, and its scores: generated images -> cliques -> centres -> AS, A-ESR (Sec. 4.3)."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from fx import metrics, results
+from fx.cliques import extract
+from fx.datasets import from_uint8, load_images, load_item
+from fx.finetune import FineTune
+from fx.models import ModelPair, load_pair, load_pipeline
+from fx.sampling import Generate, sample
+from fx.similarity import copy_thresholds, descriptor_folder, descriptors, load_descriptor, similarity_matrix
+
+
+@dataclass(frozen=True)
+class Extract:
+    """What to extract from generated images and how to score it.
+
+    descriptor: the copy-detection network; rule: how cliques become the extracted set (fx.cliques); strict, loose: the
+    thresholds tau of A-ESR (for SSCD 0.7 and 0.6; for mini-sscd see fx.similarity.copy_thresholds).
+    """
+
+    generate: Generate
+    strict: float
+    loose: float
+    descriptor: str = "mini-sscd"
+    rule: str = "paper"
+
+
+@results.inputs.register
+def _(spec: Extract) -> dict[str, str]:
+    return {"descriptor": results.sha256_of(descriptor_folder(spec.descriptor))}
+
+
+@results.perform.register
+def _(spec: Extract, folder: Path) -> None:
+    """Write scores.json and matches.json.
+
+    matches.json holds image numbers: the cliques, their centres and, per training image, its match among the centres
+    with the similarity of the two.
+    """
+    finetune = spec.generate.finetune
+    item = load_item(finetune.item, finetune.caption)
+    generated = np.load(results.complete(spec.generate) / "images.npy")
+    network = load_descriptor(spec.descriptor)
+    found = descriptors(network, from_uint8(generated))
+    training = descriptors(network, load_images(item.training, generated.shape[1]))
+    extraction = extract(similarity_matrix(found), item.n_training, rule=spec.rule)
+    centres = np.array(extraction.centres)
+    extracted = found[centres]
+    scores = {
+        "AS": metrics.average_similarity(training, extracted),
+        "A-ESR_strict": metrics.extraction_success_rate(training, extracted, spec.strict),
+        "A-ESR_loose": metrics.extraction_success_rate(training, extracted, spec.loose),
+        "AS_all": metrics.average_similarity(training, found),
+        "n_training": item.n_training,
+        "n_generated": len(generated),
+        "n_extracted": len(centres),
+        "phi": extraction.threshold,
+    }
+    best = (training @ extracted.T).argmax(axis=1)
+    matches = {
+        "cliques": [list(clique) for clique in extraction.cliques],
+        "centres": centres.tolist(),
+        "match": centres[best].tolist(),
+        "similarity": metrics.best_match(training, extracted).tolist(),
+    }
+    (folder / results.SCORES).write_text(json.dumps(scores))
+    (folder / "matches.json").write_text(json.dumps(matches))
+
+
+def three_arms(
+    finetune: FineTune,
+    images_per_training: int,
+    cfg_scale: float,
+    finextract_scale: float,
+    correction_scale: float,
+    seed: int = 0,
+    **options,
+) -> list[Extract]:
+    """The paper's comparison for one fine-tuned model: direct, CFG and FineXtract; `options` go to Extract."""
+    loose, strict = copy_thresholds("mini-sscd")
+    arms = (("direct", 1.0, 0.0), ("cfg", cfg_scale, 0.0), ("finextract", finextract_scale, correction_scale))
+    return [
+        Extract(Generate(finetune, arm, w, k, images_per_training, seed=seed), strict=strict, loose=loose, **options)
+        for arm, w, k in arms
+    ]
+
+
+def method_pictures(spec: Extract, n: int = 4) -> dict[str, np.ndarray]:
+    """What plots.method_drawing needs of a finished extraction, uint8 [n, h, w, 3] each.
+
+    base and tuned: samples of both models for the caption; generated; clique: members of the largest one; extracted.
+    """
+    finetune = spec.generate.finetune
+    item = load_item(finetune.item, finetune.caption)
+    pair = load_pair(finetune.base, results.complete(finetune))
+    generated = np.load(results.complete(spec.generate) / "images.npy")
+    matches = json.loads((results.complete(spec) / "matches.json").read_text())
+    largest = (max(matches["cliques"], key=len) * n)[:n]
+    common = {"n": n, "w": 1.0, "steps": spec.generate.steps, "seed": spec.generate.seed}
+    base = load_pipeline(finetune.base)
+    return {
+        "base": sample(ModelPair(base, base.unet), item.caption, arm="direct", **common),
+        "tuned": sample(pair, item.caption, arm="direct", **common),
+        "generated": generated[:n],
+        "clique": generated[largest],
+        "extracted": generated[(matches["centres"] * n)[:n]],
+    }

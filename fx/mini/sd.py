@@ -1,0 +1,89 @@
+"""mini-sd: a latent diffusion model of Stable Diffusion's classes on mini-vae's latents and mini-clip's text tower."""
+
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from torch import Tensor
+from transformers import CLIPTextModel, CLIPTokenizer
+
+from fx.mini.clip import tokenize
+from fx.mini.pictures import to_float
+
+
+def build() -> UNet2DConditionModel:
+    """An untrained mini-sd U-Net: 32x8x8 latents, two levels, cross-attention 192 wide, 16.9 M parameters."""
+    return UNet2DConditionModel(
+        sample_size=8,
+        in_channels=32,
+        out_channels=32,
+        layers_per_block=1,
+        block_out_channels=(128, 256),
+        down_block_types=("CrossAttnDownBlock2D",) * 2,
+        up_block_types=("CrossAttnUpBlock2D",) * 2,
+        cross_attention_dim=192,
+        attention_head_dim=4,
+    )
+
+
+def scheduler() -> DDIMScheduler:
+    """Stable Diffusion's schedule: 1000 steps, scaled-linear betas 0.00085 to 0.012, eps-prediction."""
+    return DDIMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
+    )
+
+
+@torch.no_grad()
+def encode_pictures(vae: AutoencoderKL, pictures: Tensor, batch: int = 64) -> Tensor:
+    """Posterior means, unscaled: uint8 [n, 3, 64, 64] to float32 [n, 32, 8, 8]."""
+    return torch.cat([vae.encode(to_float(part)).latent_dist.mean for part in pictures.split(batch)])
+
+
+@torch.no_grad()
+def encode_captions(text: CLIPTextModel, tokenizer: CLIPTokenizer, captions: list[str]) -> Tensor:
+    """Last hidden states, float16 [n, 32, 192]."""
+    parts = [captions[start : start + 256] for start in range(0, len(captions), 256)]
+    return torch.cat([text(tokenize(tokenizer, part)).last_hidden_state.half() for part in parts])
+
+
+def diffusion_loss(latents: Tensor, choices: list[list[int]], texts: Tensor, empty: Tensor, batch=64, gamma=5.0):
+    """The loss function for `training.train`: eps mean squared error, 10% caption dropout, min-SNR-gamma weights.
+
+    latents: [n, 32, 8, 8], scaled; choices[i]: rows of `texts` that caption picture i; empty: [32, 192], the encoded
+    empty prompt. The weights min(SNR, gamma) / SNR are those of Hang et al. (2023).
+    """
+    noising = scheduler()
+    snr = noising.alphas_cumprod / (1 - noising.alphas_cumprod)
+    weights = snr.clamp(max=gamma) / snr
+
+    def loss(model: UNet2DConditionModel, rng: torch.Generator) -> dict[str, Tensor]:
+        chosen = torch.randint(len(latents), (batch,), generator=rng).tolist()
+        draws = torch.rand(batch, generator=rng).tolist()
+        rows = [choices[i][int(u * len(choices[i]))] for i, u in zip(chosen, draws, strict=True)]
+        context = texts[rows].float()
+        context[torch.rand(batch, generator=rng) < 0.1] = empty.float()
+        x, t = latents[chosen], torch.randint(1000, (batch,), generator=rng)
+        eps = torch.randn(x.shape, generator=rng)
+        predicted = model(noising.add_noise(x, eps, t), t, context).sample
+        error = F.mse_loss(predicted, eps, reduction="none").mean(dim=(1, 2, 3))
+        return {"loss": (weights[t] * error).mean(), "mse": error.mean()}
+
+    return loss
+
+
+def assemble(unet, vae, text, tokenizer) -> StableDiffusionPipeline:
+    """The stock pipeline of these parts (no safety checker)."""
+    return StableDiffusionPipeline(
+        vae=vae,
+        text_encoder=text,
+        tokenizer=tokenizer,
+        unet=unet,
+        scheduler=scheduler(),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )

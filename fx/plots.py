@@ -1,0 +1,104 @@
+"""Figures: from one row of pictures to the tables' point plots; every figure is saved once per profile."""
+
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import seaborn as sns
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import FancyArrowPatch
+
+from fx.paths import FIGURES
+
+ARM_COLOURS = {"direct": "0.55", "cfg": "tab:orange", "finextract": "tab:blue", "conditional_only": "tab:green"}
+ARM_LABELS = {"direct": "direct", "cfg": "CFG", "finextract": "FineXtract", "conditional_only": "conditional only"}
+plt.style.use(Path(__file__).with_name("figure.mplstyle"))
+
+
+def show_row(axes: Axes, pictures: np.ndarray, label: str, gap: int = 2) -> None:
+    """Pictures uint8 [n, h, w, 3] side by side on one pair of axes, the label at the left."""
+    padded = np.pad(pictures, ((0, 0), (0, 0), (0, gap), (0, 0)), constant_values=255)
+    axes.imshow(np.concatenate(padded, axis=1))
+    axes.set(xticks=[], yticks=[])
+    axes.spines[:].set_visible(False)
+    axes.set_ylabel(label, rotation=0, ha="right", va="center")
+
+
+def picture_rows(rows: dict[str, np.ndarray], title: str = "", width: float = 0.75) -> Figure:
+    """One labelled row of pictures per entry; `width` is the printed width of a picture in inches."""
+    columns = max(len(pictures) for pictures in rows.values())
+    figure, axes = plt.subplots(
+        len(rows), 1, figsize=(columns * width + 1, len(rows) * width + 0.3), squeeze=False, layout="constrained"
+    )
+    for axis, (label, pictures) in zip(axes[:, 0], rows.items(), strict=True):
+        missing = columns - len(pictures)
+        blank = np.full((missing, *pictures.shape[1:]), 255, np.uint8)
+        show_row(axis, np.concatenate([pictures, blank]), label)
+    figure.suptitle(title)
+    return figure
+
+
+def loss_curves(losses: dict[str, np.ndarray], window: int = 50) -> Figure:
+    """Training losses over steps, each as a running mean over `window` steps."""
+    figure, axes = plt.subplots(figsize=(6, 2.6))
+    for label, values in losses.items():
+        smooth = np.convolve(values, np.ones(window) / window, mode="valid")
+        axes.plot(np.arange(len(smooth)) + window, smooth, label=label)
+    axes.set(xlabel="optimiser step", ylabel=f"diffusion loss (mean of {window})")
+    axes.legend()
+    return figure
+
+
+def scores_by_arm(rows: pd.DataFrame, score: str = "AS", block: str = "block") -> Figure:
+    """Mean score of each arm in each block with 95% bootstrap intervals over items; single items as faint points."""
+    figure, axes = plt.subplots(figsize=(7, 2.8))
+    arms = [arm for arm in ARM_COLOURS if arm in set(rows.arm)]
+    common = {"data": rows, "x": block, "y": score, "hue": "arm", "hue_order": arms, "palette": ARM_COLOURS, "ax": axes}
+    sns.stripplot(**common, dodge=True, alpha=0.3, size=3, legend=False)
+    sns.pointplot(**common, dodge=0.53, linestyle="none", errorbar=("ci", 95), seed=0, capsize=0.06)
+    for text in axes.get_legend().get_texts():
+        text.set_text(ARM_LABELS[text.get_text()])
+    axes.set_xlabel("")
+    sns.move_legend(axes, "upper left", bbox_to_anchor=(1, 1), title="")
+    return figure
+
+
+def method_drawing(pictures: dict[str, np.ndarray]) -> Figure:
+    """The paper's Fig. 2 with pictures of a run: theta and theta' -> model guidance -> generated -> cliques -> extracted.
+
+    pictures: "base", "tuned", "generated", "clique" and "extracted", uint8 [n >= 4, h, w, 3] each (four are shown).
+    """
+    titles = {
+        "base": r"base model $\theta$",
+        "tuned": r"fine-tuned model $\theta'$",
+        "generated": "model guidance\n" + r"$\epsilon_{\theta'}+(w'-1)(\epsilon_{\theta'}-\epsilon_\theta)$",
+        "clique": r"a clique: sim $\geq \phi$",
+        "extracted": r"centres $\hat X$",
+    }
+    places = {"base": (0, 0.55), "tuned": (0, 0.0), "generated": (1, 0.28), "clique": (2, 0.28), "extracted": (3, 0.28)}
+    figure = plt.figure(figsize=(8.5, 3.2))
+    for name, (column, bottom) in places.items():
+        axes = figure.add_axes((column * 0.26, bottom, 0.19, 0.38))
+        tiles = pictures[name][:4]
+        axes.imshow(np.concatenate([np.concatenate(tiles[:2], axis=1), np.concatenate(tiles[2:], axis=1)]))
+        axes.set(xticks=[], yticks=[])
+        axes.set_title(titles[name])
+    for start, end in (
+        ((0.2, 0.7), (0.25, 0.52)),
+        ((0.2, 0.2), (0.25, 0.42)),
+        ((0.46, 0.47), (0.51, 0.47)),
+        ((0.72, 0.47), (0.77, 0.47)),
+    ):
+        arrow = FancyArrowPatch(start, end, transform=figure.transFigure, arrowstyle="-|>", mutation_scale=14)
+        figure.add_artist(arrow)
+    return figure
+
+
+def save(figure: Figure, name: str, profile: str) -> Path:
+    """Save as figures/<name>-<profile>.png and say where."""
+    FIGURES.mkdir(exist_ok=True)
+    path = FIGURES / f"{name}-{profile}.png"
+    figure.savefig(path)
+    return path

@@ -1,0 +1,80 @@
+"""Run the notebooks in order by papermill and so regenerate every table and figure.
+
+    python -m fx.reproduce                        # all but 00, mini profile, into runs/executed/mini
+    python -m fx.reproduce 03 --profile smoke
+    python -m fx.reproduce 03 -p artists=20 -p objects=30
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import papermill
+import yaml
+
+from fx.paths import NOTEBOOKS
+from fx.results import RUNS
+
+PROFILES = ("mini", "smoke", "paper")
+NOT_BY_DEFAULT = "00"  # trains the shipped models: hours
+
+
+def find_notebooks(numbers: list[str]) -> list[Path]:
+    """Notebook files of the given numbers ("03"), or all but 00, in order; ValueError for a number without one."""
+    files = {path.name[:2]: path for path in sorted(NOTEBOOKS.glob("[0-9][0-9]*.ipynb"))}
+    if unknown := [number for number in numbers if number not in files]:
+        raise ValueError(f"no notebook {', '.join(unknown)}: there are {', '.join(files)}")
+    return [files[number] for number in numbers] or [path for key, path in files.items() if key != NOT_BY_DEFAULT]
+
+
+def parameters(notebook: Path, profile: str, extra: dict[str, object]) -> dict[str, object]:
+    """What papermill injects: params/<profile>/<notebook>.yaml, then `extra`.
+
+    ValueError for an unknown profile, a profile without a file for this notebook (mini needs none) and any name that
+    the notebook's parameters cell does not know.
+    """
+    if profile not in PROFILES:
+        raise ValueError(f"unknown profile {profile!r}: choose from {', '.join(PROFILES)}")
+    file = NOTEBOOKS / "params" / profile / f"{notebook.stem}.yaml"
+    if profile != "mini" and not file.exists():
+        raise ValueError(f"the profile {profile} has no parameters for {notebook.name}")
+    given = {**(yaml.safe_load(file.read_text()) if file.exists() else {}), **extra}
+    known = papermill.inspect_notebook(notebook)
+    if unknown := sorted(set(given) - set(known)):
+        raise ValueError(
+            f"{notebook.name} has no parameter {', '.join(unknown)}: its parameters are {', '.join(known)}"
+        )
+    return given
+
+
+def assignment(text: str) -> tuple[str, object]:
+    """ "name=value" with the value read as YAML; argparse error for anything else."""
+    name, equals, value = text.partition("=")
+    if not equals or not name.isidentifier():
+        raise argparse.ArgumentTypeError(f"{text!r} is not of the form name=value")
+    return name, yaml.safe_load(value)
+
+
+def main(words: list[str] | None = None) -> None:
+    """Check every notebook's parameters, then run them one after the other; a failure stops there."""
+    parser = argparse.ArgumentParser("python -m fx.reproduce", description=__doc__.split("\n\n")[0])
+    parser.add_argument("notebooks", nargs="*", metavar="NUMBER", help="such as 01 03; default: all but 00")
+    parser.add_argument("--profile", default="mini", help=f"one of {', '.join(PROFILES)} (default mini)")
+    parser.add_argument("-p", dest="extra", type=assignment, action="append", default=[], metavar="NAME=VALUE")
+    parser.add_argument("--in-place", action="store_true", help="write the outputs into notebooks/ itself")
+    options = parser.parse_args(words)
+    chosen = find_notebooks(options.notebooks)
+    given = {notebook: parameters(notebook, options.profile, dict(options.extra)) for notebook in chosen}
+    folder = RUNS / "executed" / options.profile
+    folder.mkdir(parents=True, exist_ok=True)
+    for notebook, values in given.items():
+        target = notebook if options.in_place else folder / notebook.name
+        print(f"{notebook.name} -> {target}", flush=True)
+        papermill.execute_notebook(notebook, target, values, cwd=str(NOTEBOOKS), log_output=False)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except ValueError as error:
+        sys.exit(f"fx.reproduce: {error}")

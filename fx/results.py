@@ -1,0 +1,551 @@
+"""The runner: every step of the reproduction is done once, kept under its content address, and checked before reuse.
+
+A step is described by a *spec*, a frozen dataclass of plain values (None, str, int, float, bool, tuples of these, other
+specs), and done by a function registered for the class of the spec:
+
+    @dataclass(frozen=True)
+    class Extract:
+        generate: Generate
+        threshold: float
+
+    @results.perform.register
+    def _(spec: Extract, folder: Path) -> None:
+        images = np.load(results.complete(spec.generate) / "images.npy")   # computed now if it is not there yet
+        ...
+        (folder / "scores.json").write_text(json.dumps({"AS": 0.41, "A-ESR": 0.17}))
+
+    table = results.run([Extract(...), Extract(...)])   # one row per spec: settings and scores as columns
+
+Below `RUNS` lie
+    <kind>/<digest>/                  a finished step; manifest.json holds its spec, its inputs and a SHA-256 per file
+    <kind>/<digest>.part-<pid>-<host> a step being computed; renamed into place when it is finished
+    <kind>/<digest>.set-aside-<n>     a folder that failed the check; kept for a person to look at, never read again
+    scratch/<digest>/                 what a long step keeps in order to go on after an interruption
+    locks/<digest>.lock               held while a step is computed, so that nobody computes it a second time meanwhile
+
+The address covers the settings and the outside content a step reads (`inputs`), not the code: after changing what a
+step computes, delete its folders or give its spec a field that says so. Hidden files (names that begin with a dot)
+count nowhere as content.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import hashlib
+import importlib.metadata
+import itertools
+import json
+import math
+import os
+import platform
+import re
+import shutil
+import tempfile
+import time
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+
+import filelock
+import pandas as pd
+import psutil
+from tqdm import tqdm
+
+# The environment variable FX_RUNS moves the work area; a relative one starts at the package root.
+RUNS: Path = Path(__file__).resolve().parents[1] / Path(os.environ.get("FX_RUNS") or "runs").expanduser()
+
+MANIFEST = "manifest.json"
+SCORES = "scores.json"
+PACKAGES = ("torch", "diffusers", "transformers", "peft", "numpy", "fx")
+
+
+# What a kind of step must define
+
+
+@functools.singledispatch
+def perform(spec, folder: Path) -> None:
+    """Do the step that `spec` describes and write its files into `folder`, which exists and is empty.
+
+    Registered per dataclass. A step may complete the specs it holds (`complete`), may keep unfinished work in
+    `scratch(spec)`, and may leave a flat scores.json (numbers and strings), which becomes columns of the table.
+    Raises TypeError for a class that has no registered function.
+    """
+    raise TypeError(_unknown(spec))
+
+
+@functools.singledispatch
+def inputs(spec) -> dict[str, str]:
+    """Name -> SHA-256 (see `sha256_of`) of the outside content that `spec` reads: training images, model weights.
+
+    Registered per dataclass where a step reads any; {} otherwise. They enter the digest, so a changed image or weight
+    makes it another step. Inputs of nested specs are added by the runner and need no mention.
+    """
+    return {}
+
+
+# Addresses
+
+
+def digest(spec) -> str:
+    """Content address: the first 16 hex digits of the SHA-256 of canonical JSON of the kind, fields and inputs.
+
+    Nested specs enter with their own kind, fields and inputs. The order of fields does not matter; the type of a number
+    does (1, 1.0 and True differ). Raises TypeError for anything but a frozen dataclass of plain values.
+    """
+    return _address(_asked(spec))
+
+
+def folder(spec) -> Path:
+    """Where the finished step lies, RUNS / kind / digest (kind: class name in lower case), whether it exists or not."""
+    return _place(_asked(spec))
+
+
+def scratch(spec) -> Path:
+    """A folder for unfinished work of `spec`, made on demand; it outlives an interruption, `complete` removes it."""
+    path = RUNS / "scratch" / digest(spec)
+    path.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+def sha256_of(path: str | Path) -> str:
+    """SHA-256 (64 hex digits) of a file's bytes, or of the sorted relative names and file hashes of a folder.
+
+    A file is read again only when its size or one of its time stamps has changed. Raises FileNotFoundError where
+    nothing lies at `path`, ValueError for a folder without files.
+    """
+    path = Path(path)
+    if path.is_dir():
+        hashes = _file_hashes(path)
+        if not hashes:
+            raise ValueError(f"{path} is a folder without files, so there is nothing to hash; put the files there")
+        return hashlib.sha256(_canonical(hashes).encode()).hexdigest()
+    if not path.exists():
+        raise FileNotFoundError(f"{path} does not exist, so it cannot be hashed; check the path")
+    stat = path.stat()
+    return _sha256_of_file(path.absolute(), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
+
+
+@functools.cache
+def _sha256_of_file(path: Path, size: int, modified: int, changed: int) -> str:
+    """SHA-256 of one file; size and time stamps (ns) are there to tell a rewritten file from the one already read."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _file_hashes(root: Path) -> dict[str, str]:
+    """Relative name (with forward slashes) -> SHA-256 of every file below `root` that is not hidden."""
+
+    def stop(error: OSError):
+        raise error
+
+    hashes = {}
+    for base, folders, names in os.walk(root, onerror=stop, followlinks=True):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        for path in (Path(base, name) for name in names if not name.startswith(".")):
+            hashes[path.relative_to(root).as_posix()] = sha256_of(path)
+    return hashes
+
+
+def _canonical(value) -> str:
+    """JSON with sorted keys and no blanks: equal values give equal text."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"))
+
+
+def _asked(spec) -> dict:
+    """What identifies a step, as the manifest repeats it: {"spec": kind and fields, "inputs": name -> SHA-256}.
+
+    An input of a nested spec carries the way to it in its name: "generate.finetune.images".
+    """
+    described = _plain(_checked(spec), type(spec).__name__)
+    named = {
+        ".".join((*path, name)): value
+        for path, node in _walk(spec)
+        if dataclasses.is_dataclass(node)
+        for name, value in inputs(node).items()
+    }
+    return {"spec": described, "inputs": named}
+
+
+def _address(asked: dict) -> str:
+    """The digest of what `_asked` returned."""
+    return hashlib.sha256(_canonical(asked).encode()).hexdigest()[:16]
+
+
+def _place(asked: dict) -> Path:
+    """The folder of what `_asked` returned."""
+    return RUNS / asked["spec"]["kind"] / _address(asked)
+
+
+def _checked(spec):
+    """`spec` itself, if it is an instance of a frozen dataclass; TypeError otherwise."""
+    if not dataclasses.is_dataclass(spec) or isinstance(spec, type) or not spec.__dataclass_params__.frozen:
+        raise TypeError(f"{spec!r} is no spec: pass an instance of a class declared with @dataclass(frozen=True)")
+    return spec
+
+
+def _unknown(spec) -> str:
+    """The message for a spec whose class has no registered function."""
+    name = type(spec).__name__
+    return (
+        f"nothing is known about how to do a {name}: import the module that defines it, "
+        f"or register a function for {name} with @results.perform.register"
+    )
+
+
+def _plain(value, where: str):
+    """`value` as JSON holds it: specs as {"kind", "fields"}, tuples as lists; `where` names it in the TypeError."""
+    if value is None or isinstance(value, (str, bool, int)) or (isinstance(value, float) and math.isfinite(value)):
+        return value
+    if isinstance(value, tuple):
+        return [_plain(element, f"{where}[{i}]") for i, element in enumerate(value)]
+    if dataclasses.is_dataclass(value):
+        fields = dataclasses.fields(_checked(value))
+        return {
+            "kind": type(value).__name__.lower(),
+            "fields": {field.name: _plain(getattr(value, field.name), f"{where}.{field.name}") for field in fields},
+        }
+    raise TypeError(
+        f"{where} is {value!r} ({type(value).__name__}); a spec holds None, str, int, float (finite), bool, "
+        "tuples of these and other specs: convert it, a list with tuple(), a path with str()"
+    )
+
+
+def _walk(value, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], object]]:
+    """Every spec and every plain value in `value`, itself first, with the field names that lead there.
+
+    A tuple without specs is one plain value; the elements of a tuple with specs go by "field[0]", "field[1]", ...
+    """
+    if isinstance(value, tuple) and _holds_spec(value):
+        for i, element in enumerate(value):
+            yield from _walk(element, (*path[:-1], f"{path[-1]}[{i}]"))
+        return
+    yield path, value
+    if dataclasses.is_dataclass(value):
+        for field in dataclasses.fields(value):
+            yield from _walk(getattr(value, field.name), (*path, field.name))
+
+
+def _holds_spec(value) -> bool:
+    """Whether `value` is a spec or a tuple with a spec in it, at any depth."""
+    return dataclasses.is_dataclass(value) or (isinstance(value, tuple) and any(map(_holds_spec, value)))
+
+
+# One step
+
+
+def complete(spec) -> Path:
+    """The finished and verified folder of `spec`; the step is done now if it is missing.
+
+    A folder whose manifest or files are not what they should be is renamed to <digest>.set-aside-<n>, a warning says
+    what was wrong, and the step is done anew. If another process is at work on the same step, this one waits for it.
+    Raises TypeError for something that is no spec or has no registered function, OSError if RUNS cannot be written.
+    """
+    _require_performable(spec)
+    asked = _asked(spec)
+    final = _place(asked)
+    if _fault(final, asked):
+        _require_writable_runs()
+        with _alone(final):
+            if fault := _fault(final, asked):  # asked again: it may have been finished while this process waited
+                _set_aside(final, fault)
+                _compute(spec, final, asked)
+    shutil.rmtree(RUNS / "scratch" / final.name, ignore_errors=True)
+    return final
+
+
+def _require_performable(spec) -> None:
+    """TypeError unless `spec` is a spec whose class has a registered function."""
+    if perform.dispatch(type(_checked(spec))) is perform.dispatch(object):
+        raise TypeError(_unknown(spec))
+
+
+def _require_writable_runs() -> None:
+    """OSError with the way out unless RUNS exists, or can be made, and takes a file."""
+    try:
+        RUNS.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=RUNS):
+            pass
+    except OSError as error:
+        way_out = "set the environment variable FX_RUNS to a folder that can be written, before fx is imported"
+        raise type(error)(error.errno, f"results cannot be kept ({error.strerror}): {way_out}", str(RUNS)) from error
+
+
+def _fault(final: Path, asked: dict) -> str:
+    """In a few words, why the folder cannot stand for the step asked for; empty if it can."""
+    if not os.path.lexists(final):
+        return "it is missing"
+    try:
+        manifest = json.loads((final / MANIFEST).read_bytes())
+        present = _file_hashes(final)
+    except (OSError, ValueError) as error:
+        return f"its {MANIFEST} or another file cannot be read ({type(error).__name__})"
+    if not isinstance(manifest, dict) or not isinstance(manifest.get("files"), dict):
+        return f"its {MANIFEST} has no list of files"
+    for entry in ("spec", "inputs"):
+        if _canonical(manifest.get(entry)) != _canonical(asked[entry]):
+            return f'its {MANIFEST} has another "{entry}"'
+    return _difference(manifest["files"], {name: value for name, value in present.items() if name != MANIFEST})
+
+
+def _difference(listed: dict, present: dict[str, str]) -> str:
+    """How the files that are present (name -> SHA-256) differ from the listed ones; empty if they do not."""
+    groups = {
+        "missing": listed.keys() - present.keys(),
+        "changed": {name for name in listed.keys() & present.keys() if listed[name] != present[name]},
+        "unknown": present.keys() - listed.keys(),
+    }
+    return "; ".join(f"{word}: {', '.join(sorted(names))}" for word, names in groups.items() if names)
+
+
+def _set_aside(final: Path, fault: str) -> None:
+    """Rename what lies at `final`, if anything, to the first free <digest>.set-aside-<n> and warn."""
+    if not os.path.lexists(final):
+        return
+    names = (final.with_name(f"{final.name}.set-aside-{n}") for n in itertools.count(1))
+    aside = next(path for path in names if not os.path.lexists(path))
+    final.rename(aside)
+    step = f"{final.parent.name}/{final.name}"
+    warnings.warn(f"{step} was set aside as {aside.name} and is computed anew: {fault}", stacklevel=3)
+
+
+@contextlib.contextmanager
+def _alone(final: Path) -> Iterator[None]:
+    """Hold the lock of one step; it is released when the process ends, however it ends."""
+    path = RUNS / "locks" / f"{final.name}.lock"
+    path.parent.mkdir(exist_ok=True)
+    lock = filelock.FileLock(path)
+    try:
+        lock.acquire(timeout=0)
+    except filelock.Timeout:
+        step = f"{final.parent.name}/{final.name}"
+        warnings.warn(f"another process or thread is computing {step}; waiting until it is finished", stacklevel=4)
+        lock.acquire(poll_interval=0.2)
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _compute(spec, final: Path, asked: dict) -> None:
+    """Do the step in a folder of its own, add the manifest, rename into place. Nothing remains of a failed attempt."""
+    _remove_leftovers(final)
+    part = final.with_name(f"{final.name}.part-{os.getpid()}-{platform.node()}")
+    part.mkdir(parents=True)
+    try:
+        started = time.perf_counter()
+        perform(spec, part)
+        manifest = _manifest(spec, part, asked, time.perf_counter() - started)
+        (part / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
+        _publish(part, final, asked)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def _remove_leftovers(final: Path) -> None:
+    """Remove .part folders of killed runs: of this host, and of a process that no longer runs.
+
+    One with this process's own number is such a leftover too: whoever holds the lock has not made its own yet.
+    """
+    for part in final.parent.glob(f"{final.name}.part-*"):
+        owner = re.fullmatch(r"(\d+)-(.*)", part.name.removeprefix(f"{final.name}.part-"))
+        if owner and owner[2] == platform.node():
+            pid = int(owner[1])
+            if pid == os.getpid() or not psutil.pid_exists(pid):
+                shutil.rmtree(part)
+
+
+def _manifest(spec, part: Path, asked: dict, seconds: float) -> dict:
+    """What is recorded of a step just done; `seconds` is the duration of the run that finished it.
+
+    Raises RuntimeError if the step wrote nothing, or a manifest of its own, or if an input changed meanwhile;
+    ValueError for a scores.json that is not flat.
+    """
+    files = _file_hashes(part)
+    if not files or MANIFEST in files:
+        wrong = f"wrote its own {MANIFEST}, a name the runner needs" if files else "wrote no file into its folder"
+        raise RuntimeError(f"{spec!r} {wrong}: correct the function registered for {type(spec).__name__}")
+    if _asked(spec) != asked:
+        raise RuntimeError(f"an input of {spec!r} changed while it was computed; run again when the inputs are at rest")
+    if SCORES in files:
+        _read_scores(part)
+    return {
+        **asked,
+        "files": files,
+        "versions": _versions(),
+        "seed": getattr(spec, "seed", None),
+        "seconds": round(seconds, 3),
+        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+def _publish(part: Path, final: Path, asked: dict) -> None:
+    """Rename `part` to `final`; if a good folder has come to lie there meanwhile, that one stays."""
+    try:
+        os.replace(part, final)
+    except OSError:
+        if _fault(final, asked):
+            raise
+
+
+def _versions() -> dict[str, str]:
+    """Version of Python and of each package the results depend on; "unknown" for one that is not installed."""
+    versions = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            versions[name] = "unknown"
+    return versions
+
+
+def environment_summary() -> str:
+    """One line with the versions that results depend on, for the first cell of a notebook."""
+    return ", ".join(f"{name} {version}" for name, version in _versions().items())
+
+
+# Many steps
+
+
+def run(specs: Iterable, client=None, description: str = "steps") -> pd.DataFrame:
+    """Complete every spec and return the table: one row per spec in the order given, settings and scores as columns.
+
+    A setting of a nested spec takes the name of its field if no other setting or score has it, otherwise the enclosing
+    field is put in front (finetune_seed), and so on outwards; a score in conflict becomes scores_<name>. Where specs of
+    different classes stand in the same place, a column with the name of that place tells the kinds apart ("kind" for
+    the specs themselves). Equal specs are computed once and have a row each.
+
+    client: a dask.distributed.Client whose workers see the same RUNS folder; without one the steps are done here, one
+        by one. Workers that need the same unfinished nested step wait for one another: run the shared steps first.
+    description: what stands before the progress bar.
+
+    Raises TypeError or OSError before any work if a spec is no spec, has no registered function, or RUNS cannot be
+    written. If steps fail, all others are still finished; then RuntimeError names the failed ones.
+    """
+    specs = list(specs)
+    for spec in specs:
+        _require_performable(spec)
+    places = [folder(spec) for spec in specs]
+    rows = Counter(places)
+    waiting = {place: spec for place, spec in zip(places, specs, strict=True) if _fault(place, _asked(spec))}
+    if waiting and client is None:
+        _require_writable_runs()
+    done = len(specs) - sum(rows[place] for place in waiting)
+    with tqdm(desc=description, total=len(specs), initial=done, unit="spec", mininterval=2) as bar:
+        failed = _work_through(waiting, client, lambda place: bar.update(rows[place]))
+    if failed:
+        raise RuntimeError(_failures(waiting, failed)) from next(iter(failed.values()))
+    return _table(specs, places)
+
+
+def _work_through(waiting: dict, client, finished: Callable[[Path], object]) -> dict[Path, Exception]:
+    """Complete the specs (folder -> spec), call `finished(folder)` after each, return the errors of the failed ones."""
+    failed = {}
+    outcomes = _complete_here(waiting) if client is None else _complete_on(client, waiting)
+    with contextlib.closing(outcomes):
+        for place, error in outcomes:
+            if error is None:
+                finished(place)
+            else:
+                failed[place] = error
+    return failed
+
+
+def _complete_here(waiting: dict) -> Iterator[tuple[Path, Exception | None]]:
+    """Complete the specs (folder -> spec) one by one; yield each folder with the error it ended in, or None."""
+    for place, spec in waiting.items():
+        try:
+            error = _misplaced(place, complete(spec))
+        except Exception as caught:
+            error = caught
+        yield place, error
+
+
+def _complete_on(client, waiting: dict) -> Iterator[tuple[Path, Exception | None]]:
+    """The same on the workers of a dask client, in the order in which they finish; on exit the rest is cancelled."""
+    from dask.distributed import as_completed
+
+    futures = dict(zip(client.map(complete, list(waiting.values()), pure=False), waiting, strict=True))
+    try:
+        for future in as_completed(futures):
+            place = futures[future]
+            yield place, future.exception() or _misplaced(place, future.result())
+    finally:
+        client.cancel(list(futures))
+
+
+def _misplaced(place: Path, finished: Path) -> Exception | None:
+    """The error of a step that was finished elsewhere than its table row will be read from; None if it was not."""
+    if finished.name == place.name and (place / MANIFEST).exists():
+        return None
+    return FileNotFoundError(
+        f"it was finished as {finished}, which is not found as {place}: set FX_RUNS to one folder that all workers "
+        "share, give all of them the same inputs, and leave the inputs alone during the run"
+    )
+
+
+def _failures(waiting: dict, failed: dict[Path, Exception]) -> str:
+    """The message that names every failed spec, its digest and its error."""
+    lines = [f"- {waiting[place]!r} ({place.name}): {type(error).__name__}: {error}" for place, error in failed.items()]
+    return "\n".join(
+        [f"{len(failed)} step(s) failed; everything else is finished and kept, so a new run does only these:", *lines]
+    )
+
+
+# The table
+
+
+def _table(specs: list, places: list[Path]) -> pd.DataFrame:
+    """One row per spec: its settings, then the scores in its folder, each under the shortest name that is its own."""
+    settings = _settings(specs)
+    scores = [{("scores", name): value for name, value in _read_scores(place).items()} for place in places]
+    paths = dict.fromkeys(path for row in [*settings, *scores] for path in row)
+    names = _column_names(paths)
+    rows = [
+        {names[path]: value for path, value in (setting | score).items()}
+        for setting, score in zip(settings, scores, strict=True)
+    ]
+    return pd.DataFrame(rows, columns=list(names.values()))
+
+
+def _settings(specs: list) -> list[dict[tuple[str, ...], object]]:
+    """Path -> value of the settings of each spec; the kind of a spec is a setting only where the kinds differ."""
+    rows = [dict(_walk(spec)) for spec in specs]
+    kinds = [
+        {path: type(node).__name__.lower() for path, node in row.items() if dataclasses.is_dataclass(node)}
+        for row in rows
+    ]
+    places = {path for row in kinds for path in row}
+    everywhere = {path for path in places if len({row.get(path) for row in kinds}) == 1}
+    return [
+        {path or ("spec", "kind"): value for path, value in (row | kind).items() if path not in everywhere}
+        for row, kind in zip(rows, kinds, strict=True)
+    ]
+
+
+def _column_names(paths: Iterable[tuple[str, ...]]) -> dict[tuple[str, ...], str]:
+    """A name per path: its last part alone where that is unique, else as many parts before it as make it unique.
+
+    If even whole paths read the same (field "a_b" beside field "b" of field "a"), those are joined with dots.
+    """
+    depths = dict.fromkeys(paths, 1)
+    while True:
+        names = {path: "_".join(path[-depth:]) for path, depth in depths.items()}
+        uses = Counter(names.values())
+        longer = [path for path, name in names.items() if uses[name] > 1 and depths[path] < len(path)]
+        if not longer:
+            return {path: name if uses[name] == 1 else ".".join(path) for path, name in names.items()}
+        depths.update({path: depths[path] + 1 for path in longer})
+
+
+def _read_scores(path: Path) -> dict[str, float | int | str | bool | None]:
+    """The contents of scores.json in a folder, {} without one; ValueError if it is not flat."""
+    file = path / SCORES
+    try:
+        scores = json.loads(file.read_bytes()) if file.exists() else {}
+    except ValueError as error:
+        raise ValueError(f"{SCORES} is not JSON ({error}); write it with json.dumps") from error
+    if not isinstance(scores, dict) or any(isinstance(value, (dict, list)) for value in scores.values()):
+        raise ValueError(f"{SCORES} must be one flat object of numbers and strings, not {scores!r:.200}")
+    return scores

@@ -1,0 +1,141 @@
+"""Copy-detection descriptors and their cosine similarity (Sec. 3.2 and 4.3).
+
+sim(x, x') of the paper is the inner product of two unit-length descriptors. The default descriptor network is the
+shipped `mini-sscd`, in the role of SSCD (Pizzi et al., 2022).
+"""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+from tqdm import tqdm
+
+MODELS = Path(__file__).resolve().parent.parent / "data" / "models"
+
+
+class BasicBlock(nn.Module):
+    """Two 3x3 convolutions with batch normalisation around a shortcut: [n, c, h, w] -> [n, c2, h / stride, ...]."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int):
+        super().__init__()
+        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False)
+        self.norm1 = nn.BatchNorm2d(outputs)
+        self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1, bias=False)
+        self.norm2 = nn.BatchNorm2d(outputs)
+        self.shortcut = nn.Identity()
+        if stride != 1 or inputs != outputs:
+            self.shortcut = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.relu(self.norm1(self.conv1(x)))
+        return F.relu(self.norm2(self.conv2(y)) + self.shortcut(x))
+
+
+class MiniSSCD(nn.Module):
+    """Small residual network with SSCD's head: GeM pooling (p = 3), a linear layer, unit length.
+
+    widths, blocks: channels and number of blocks of each stage; every stage but the first halves the resolution.
+    dimension: length of the descriptor. size: side in pixels to which images are resized.
+    """
+
+    def __init__(self, widths=(32, 64, 128, 192), blocks=(1, 1, 2, 1), dimension: int = 128, size: int = 64):
+        super().__init__()
+        self.config = {"widths": list(widths), "blocks": list(blocks), "dimension": dimension, "size": size}
+        self.stem = nn.Sequential(
+            nn.Conv2d(3, widths[0], 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(widths[0]), nn.ReLU()
+        )
+        layers, channels = [], widths[0]
+        for stage, (width, count) in enumerate(zip(widths, blocks, strict=True)):
+            for index in range(count):
+                layers.append(BasicBlock(channels, width, stride=2 if stage > 0 and index == 0 else 1))
+                channels = width
+        self.stages = nn.Sequential(*layers)
+        self.project = nn.Linear(channels, dimension)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Images [n, 3, h, w] in [-1, 1], any size -> descriptors [n, dimension] of unit length."""
+        size = (self.config["size"],) * 2
+        if images.shape[-2:] != size:
+            images = F.interpolate(images, size=size, mode="bilinear", align_corners=False, antialias=True)
+        features = self.stages(self.stem(images))
+        pooled = features.clamp(min=1e-6).pow(3).mean(dim=(2, 3)).pow(1 / 3)
+        return F.normalize(self.project(pooled))
+
+    def save_pretrained(self, folder: Path) -> None:
+        """Write config.json and model.safetensors (floating-point tensors as fp16) into `folder`."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.json").write_text(json.dumps({"architecture": "MiniSSCD", **self.config}, indent=2) + "\n")
+        state = {name: t.half() if t.is_floating_point() else t for name, t in self.state_dict().items()}
+        save_file({name: t.contiguous().cpu() for name, t in state.items()}, folder / "model.safetensors")
+
+    @classmethod
+    def from_pretrained(cls, folder: Path) -> "MiniSSCD":
+        """The network stored by `save_pretrained`, fp32, in eval mode."""
+        folder = Path(folder)
+        for name in ("config.json", "model.safetensors"):
+            if not (folder / name).is_file():
+                raise FileNotFoundError(f"{folder} holds no {name}: name a folder written by MiniSSCD.save_pretrained.")
+        config = json.loads((folder / "config.json").read_text())
+        if config.pop("architecture", None) != "MiniSSCD":
+            raise ValueError(f"{folder / 'config.json'} does not describe a MiniSSCD: its 'architecture' must say so.")
+        model = cls(**config)
+        model.load_state_dict(load_file(folder / "model.safetensors"))
+        return model.eval()
+
+
+def load_descriptor(name_or_path: str | Path) -> nn.Module:
+    """The descriptor network `mini-sscd` (data/models/mini-sscd) or the MiniSSCD in a folder, in eval mode."""
+    if str(name_or_path) == "mini-sscd":
+        return MiniSSCD.from_pretrained(MODELS / "mini-sscd")
+    if not Path(name_or_path).is_dir():
+        raise ValueError(
+            f"Unknown descriptor '{name_or_path}': it is neither 'mini-sscd' nor a folder "
+            "with config.json and model.safetensors."
+        )
+    return MiniSSCD.from_pretrained(Path(name_or_path))
+
+
+@torch.inference_mode()
+def descriptors(model: nn.Module, images: Tensor, batch_size: int = 64) -> np.ndarray:
+    """Descriptors float32 [n, d] of images [n, 3, h, w] in [-1, 1], computed in eval mode on the model's device.
+
+    A progress bar appears from 2,000 images on. The model is left in the mode (training or eval) in which it came.
+    Batches of another size change the last bits (about 1e-7) at most.
+    """
+    if images.ndim != 4 or images.shape[1] != 3:
+        raise ValueError(f"images must be [n, 3, h, w], not {list(images.shape)}.")
+    device, was_training = next(model.parameters()).device, model.training
+    model.eval()
+    batches = tqdm(images.split(batch_size), "descriptors", disable=len(images) < 2000, mininterval=2)
+    found = [model(batch.to(device)).float().cpu() for batch in batches]
+    model.train(was_training)
+    return torch.cat(found).numpy()
+
+
+def similarity_matrix(descriptors: np.ndarray, block: int = 1024) -> np.ndarray:
+    """Cosine similarities float32 [n, n] in [-1, 1] of the rows of `descriptors` [n, d]: symmetric, diagonal 1.
+
+    Computed in blocks of `block` rows, so that nothing but the result grows with n^2.
+    Raises ValueError for values that are not finite and for all-zero rows, which have no direction.
+    """
+    rows = np.asarray(descriptors, dtype=np.float32)
+    lengths = np.linalg.norm(rows, axis=1, keepdims=True)
+    bad = np.flatnonzero(~np.isfinite(lengths[:, 0]) | (lengths[:, 0] == 0))
+    if len(bad):
+        raise ValueError(f"Descriptor {bad[0]} is all zero or not finite: check the image it comes from.")
+    rows = rows / lengths
+    result = np.empty((len(rows), len(rows)), dtype=np.float32)
+    for i in range(0, len(rows), block):
+        for j in range(i, len(rows), block):
+            tile = np.clip(rows[i : i + block] @ rows[j : j + block].T, -1, 1)
+            if i == j:
+                tile = np.triu(tile, 1) + np.triu(tile, 1).T
+            result[i : i + block, j : j + block] = tile
+            result[j : j + block, i : i + block] = tile.T
+    np.fill_diagonal(result, 1)
+    return result

@@ -1,0 +1,914 @@
+"""The runner: content addresses, resume after a kill, verification before reuse, the table, a dask client.
+
+The steps here are toys. Each writes a line to a log outside its folder, so that a test can count what was really done,
+in this process and in killed ones.
+"""
+
+import copy
+import hashlib
+import json
+import math
+import multiprocessing
+import os
+import platform
+import runpy
+import shutil
+import signal
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, make_dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import psutil
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fx import results
+
+ROOT = Path(__file__).resolve().parents[1]
+DEADLINE = 30  # seconds after which a test gives up on another process
+HALT: dict[str, str] = {}  # where the steps of this process stand still; set in other processes only
+
+
+# toy steps
+
+
+@dataclass(frozen=True)
+class Square:
+    """A step with two files, one of them in a subfolder, and scores."""
+
+    number: int
+    label: str = "a"
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Mean:
+    """A step that reads other steps."""
+
+    squares: tuple[Square, ...]
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Copy:
+    """A step that reads a file from outside; it keeps only the file's length, so two contents give the same rows."""
+
+    source: str
+
+
+@dataclass(frozen=True)
+class Around:
+    """A step around any other value."""
+
+    inner: object
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Long:
+    """A step of several parts that goes on where it was interrupted."""
+
+    parts: int
+
+
+@dataclass(frozen=True)
+class Faulty:
+    """A step that does something wrong."""
+
+    what: str
+
+
+@dataclass(frozen=True)
+class Unheard:
+    """A spec without a function."""
+
+    number: int = 0
+
+
+def log(line: str) -> None:
+    with (results.RUNS / "calls.log").open("a") as file:
+        file.write(line + "\n")
+
+
+def calls() -> Counter:
+    """How often each step was begun below RUNS, by any process."""
+    path = results.RUNS / "calls.log"
+    return Counter(path.read_text().split("\n")[:-1]) if path.exists() else Counter()
+
+
+def halt(place: str) -> None:
+    """Stand still at the place that `begin` chose, until the file `go` appears or the process is killed."""
+    if place == HALT.get("place"):
+        (results.RUNS / "halted").touch()
+        wait_for(results.RUNS / "go")
+
+
+def wait_for(path: Path) -> None:
+    deadline = time.monotonic() + DEADLINE
+    while not path.exists():
+        assert time.monotonic() < deadline, f"{path.name} did not appear"
+        time.sleep(0.01)
+
+
+@results.perform.register
+def _(spec: Square, folder: Path) -> None:
+    log(f"square {spec.number}")
+    (folder / "deep").mkdir()
+    (folder / "deep" / "digits.txt").write_text(f"{spec.number**2} {spec.label}")
+    halt(f"square {spec.number}")
+    (folder / "scores.json").write_text(json.dumps({"square": spec.number**2, "root": math.sqrt(abs(spec.number))}))
+
+
+@results.perform.register
+def _(spec: Mean, folder: Path) -> None:
+    log("mean")
+    read = [json.loads((results.complete(s) / "scores.json").read_text())["square"] for s in spec.squares]
+    (folder / "scores.json").write_text(json.dumps({"mean": sum(read) / len(read)}))
+
+
+@results.perform.register
+def _(spec: Copy, folder: Path) -> None:
+    log("copy")
+    content = Path(spec.source).read_bytes()
+    (folder / "copy.bin").write_bytes(content)
+    (folder / "scores.json").write_text(json.dumps({"length": len(content)}))
+
+
+@results.inputs.register
+def _(spec: Copy) -> dict[str, str]:
+    return {"source": results.sha256_of(spec.source)}
+
+
+@results.perform.register
+def _(spec: Around, folder: Path) -> None:
+    log("around")
+    (folder / "scores.json").write_text(json.dumps({"loss": 0.5, "seed": 7}))
+
+
+@results.perform.register
+def _(spec: Long, folder: Path) -> None:
+    log("long")
+    state = results.scratch(spec) / "state.txt"
+    state.touch()
+    for part in range(len(state.read_text()), spec.parts):
+        halt(f"part {part}")
+        log(f"part {part}")
+        with state.open("a") as file:
+            file.write("x")
+    shutil.copy(state, folder / "state.txt")
+
+
+@results.perform.register
+def _(spec: Faulty, folder: Path) -> None:
+    log(f"faulty {spec.what}")
+    (folder / "begun.txt").touch()
+    match spec.what:
+        case "raises":
+            raise ZeroDivisionError("the toy divided by zero")
+        case "interrupted":
+            raise KeyboardInterrupt
+        case "writes nothing":
+            (folder / "begun.txt").unlink()
+        case "own manifest":
+            (folder / "manifest.json").write_text("{}")
+        case "nested scores":
+            (folder / "scores.json").write_text('{"a": {"b": 1}}')
+        case "broken scores":
+            (folder / "scores.json").write_text("{")
+
+
+@pytest.fixture(autouse=True)
+def runs(tmp_path, monkeypatch) -> Path:
+    """An empty RUNS."""
+    monkeypatch.setattr(results, "RUNS", tmp_path / "runs")
+    return tmp_path / "runs"
+
+
+@pytest.fixture(scope="module")
+def processes():
+    """A source of other processes, each forked from one that has imported this module and has no threads."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(ROOT / "tests")]))
+        first = context.Process(target=halt, args=("nowhere",))
+        first.start()  # starts the server, which keeps this environment
+        first.join(DEADLINE)
+    return context
+
+
+def begin(processes, place: str, work: Callable, *arguments) -> multiprocessing.Process:
+    """Another process on the same RUNS that does work(*arguments) and has come to `place`, where it stands still."""
+    process = processes.Process(target=work_elsewhere, args=(results.RUNS, place, work, arguments))
+    process.start()
+    wait_for(results.RUNS / "halted")
+    return process
+
+
+def work_elsewhere(runs: Path, place: str, work: Callable, arguments: tuple) -> None:
+    """What another process does."""
+    results.RUNS = runs
+    HALT["place"] = place
+    work(*arguments)
+
+
+def kill_at(processes, place: str, work: Callable, *arguments) -> int:
+    """Let another process do work(*arguments) and kill it without warning when it has come to `place`; its pid."""
+    process = begin(processes, place, work, *arguments)
+    process.kill()
+    process.join(DEADLINE)
+    (results.RUNS / "halted").unlink()
+    assert process.exitcode == -signal.SIGKILL
+    return process.pid
+
+
+def leftovers() -> list[str]:
+    return sorted(path.name for path in results.RUNS.rglob("*.part-*"))
+
+
+def set_aside() -> list[Path]:
+    return sorted(results.RUNS.rglob("*.set-aside-*"))
+
+
+# the table
+
+
+def test_rows_hold_settings_then_scores_in_the_order_given():
+    table = results.run([Square(3, "b"), Square(-2), Square(0)])
+    expected = pd.DataFrame(
+        {
+            "number": [3, -2, 0],
+            "label": ["b", "a", "a"],
+            "seed": [0, 0, 0],
+            "square": [9, 4, 0],
+            "root": [3**0.5, 2**0.5, 0.0],
+        }
+    )
+    pd.testing.assert_frame_equal(table, expected)
+
+
+def test_no_specs_give_an_empty_table():
+    assert results.run([]).empty
+
+
+def test_specs_may_come_from_a_generator():
+    assert results.run(Square(n) for n in (1, 2))["square"].tolist() == [1, 4]
+
+
+def test_a_step_without_scores_gives_its_settings_only():
+    assert results.run([Long(2)]).to_dict("records") == [{"parts": 2}]
+
+
+def test_equal_specs_are_computed_once_and_have_a_row_each():
+    table = results.run([Square(2), Square(5), Square(2)])
+    assert table["square"].tolist() == [4, 25, 4]
+    assert calls() == {"square 2": 1, "square 5": 1}
+
+
+def spec_class(name: str, **fields):
+    """An instance of a new frozen class with these field values, in this order."""
+    return make_dataclass(name, fields, frozen=True)(**fields)
+
+
+def columns(*specs) -> list[str]:
+    return results.run(specs).columns.tolist()
+
+
+def test_a_unique_leaf_stands_alone_and_a_colliding_one_takes_its_parent():
+    inner = spec_class("Train", method="lora", seed=1)
+    table = results.run([Around(inner, seed=2)])
+    # Around's scores are loss and seed, so three things are called seed
+    assert table.to_dict("records") == [{"method": "lora", "inner_seed": 1, "seed": 2, "loss": 0.5, "scores_seed": 7}]
+
+
+def test_colliding_parents_take_theirs_in_turn():
+    leaf = spec_class("Leaf", rank=1)
+    tree = spec_class(
+        "Tree", left=spec_class("Branch", twig=leaf), right=spec_class("Branch", twig=replace(leaf, rank=2))
+    )
+    assert columns(Around(tree))[:2] == ["left_twig_rank", "right_twig_rank"]
+
+
+def test_names_that_no_parent_can_tell_apart_are_joined_with_dots():
+    inner = spec_class("Outer", a_b=1, a=spec_class("Inner", b=2), b=3)
+    assert columns(Around(inner))[:3] == ["inner.a_b", "inner.a.b", "inner_b"]
+
+
+def test_elements_of_a_tuple_of_specs_are_numbered_and_plain_tuples_stay_whole():
+    table = results.run([Mean((Square(1), Square(3)))])
+    assert table.loc[0, ["squares[0]_number", "squares[1]_number", "mean"]].tolist() == [1, 3, 5]
+    plain = results.run([Around((1, "x"))])
+    assert plain.loc[0, "inner"] == (1, "x")
+
+
+def test_names_are_chosen_for_all_rows_together():
+    """A leaf unique in one row and not in another has one name in both; what a row lacks is missing."""
+    table = results.run([Around(spec_class("A", depth=1)), Around(spec_class("B", depth=2, seed=3))])
+    assert "seed" in table
+    assert table["depth"].tolist() == [1, 2]
+    assert table["inner_seed"].isna().tolist() == [True, False]
+
+
+def test_the_kind_is_a_column_only_where_kinds_differ():
+    table = results.run([Around(Square(1)), Around(Unheard()), Around(None)])
+    assert table["inner"].tolist()[:2] == ["square", "unheard"]
+    assert pd.isna(table["inner"][2])
+    assert "inner" not in columns(Around(Square(1)), Around(Square(2)))
+    assert results.run([Square(1), Long(1)])["kind"].tolist() == ["square", "long"]
+    assert "kind" not in columns(Square(1), Square(2))
+
+
+# resume
+
+
+def test_finished_steps_are_not_done_again():
+    first = results.run([Square(n) for n in range(3)])
+    again = results.run([Square(n) for n in range(4)])
+    assert calls() == {f"square {n}": 1 for n in range(4)}
+    pd.testing.assert_frame_equal(again.iloc[:3], first)
+
+
+def test_complete_returns_the_folder_and_does_nested_steps_on_the_way():
+    folder = results.complete(Mean((Square(1), Square(3))))
+    assert folder == results.folder(Mean((Square(1), Square(3))))
+    assert json.loads((folder / "scores.json").read_text()) == {"mean": 5.0}
+    assert (results.folder(Square(3)) / "deep" / "digits.txt").read_text() == "9 a"
+    assert calls() == {"mean": 1, "square 1": 1, "square 3": 1}
+
+
+def test_killed_while_a_step_is_computed(processes):
+    pid = kill_at(processes, "square 3", results.complete, Square(3))
+    assert leftovers() == [f"{results.digest(Square(3))}.part-{pid}-{platform.node()}"]
+    assert not results.folder(Square(3)).exists()
+    table = results.run([Square(3)])
+    assert table["square"].tolist() == [9]
+    assert calls() == {"square 3": 2}
+    assert leftovers() == []
+
+
+def test_killed_in_the_middle_of_a_run(processes, tmp_path, monkeypatch):
+    kill_at(processes, "square 2", results.run, [Square(n) for n in range(4)])
+    table = results.run([Square(n) for n in range(4)])
+    assert calls() == {"square 0": 1, "square 1": 1, "square 2": 2, "square 3": 1}
+    assert leftovers() == []
+    monkeypatch.setattr(results, "RUNS", tmp_path / "undisturbed")
+    pd.testing.assert_frame_equal(table, results.run([Square(n) for n in range(4)]))
+
+
+def test_killed_inside_a_long_step_goes_on_from_its_scratch(processes):
+    kill_at(processes, "part 2", results.complete, Long(4))
+    assert (results.scratch(Long(4)) / "state.txt").read_text() == "xx"
+    assert (results.complete(Long(4)) / "state.txt").read_text() == "xxxx"
+    assert calls() == {"long": 2} | {f"part {n}": 1 for n in range(4)}
+    assert list((results.RUNS / "scratch").iterdir()) == []
+
+
+def test_scratch_has_a_place_of_its_own_and_goes_after_success_only():
+    assert results.scratch(Long(1)) == results.RUNS / "scratch" / results.digest(Long(1))
+    assert results.scratch(Long(1)).is_dir()
+    (results.scratch(Faulty("raises")) / "state").touch()
+    results.complete(Long(1))
+    with pytest.raises(ZeroDivisionError):
+        results.complete(Faulty("raises"))
+    assert [path.name for path in (results.RUNS / "scratch").iterdir()] == [results.digest(Faulty("raises"))]
+
+
+def test_only_parts_of_dead_processes_of_this_host_are_removed(monkeypatch):
+    monkeypatch.setattr(psutil, "pid_exists", lambda pid: pid == 111)
+    folder = results.folder(Square(1))
+    owners = {"111-{}": True, "222-{}": False, "222-elsewhere": True, f"{os.getpid()}-{{}}": False, "unknown": True}
+    for owner in owners:
+        Path(f"{folder}.part-{owner.format(platform.node())}").mkdir(parents=True)
+    results.complete(Square(1))
+    kept = [f"{folder.name}.part-{owner.format(platform.node())}" for owner, stays in owners.items() if stays]
+    assert leftovers() == sorted(kept)
+
+
+def test_a_step_that_another_process_computes_is_waited_for(processes):
+    process = begin(processes, "square 6", results.complete, Square(6))
+    threading.Timer(0.3, (results.RUNS / "go").touch).start()
+    with pytest.warns(UserWarning, match=f"computing square/{results.digest(Square(6))}; waiting"):
+        results.complete(Square(6))
+    process.join(DEADLINE)
+    assert process.exitcode == 0
+    assert calls() == {"square 6": 1}
+
+
+@pytest.mark.filterwarnings("ignore:another process or thread")
+def test_threads_compute_a_shared_step_once():
+    threads = [threading.Thread(target=results.complete, args=(Mean((Square(1),), seed=n),)) for n in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(DEADLINE)
+    assert calls() == {"mean": 4, "square 1": 1}
+
+
+def test_a_folder_published_meanwhile_wins_if_it_is_good_and_is_left_alone_if_not(tmp_path):
+    """Where locks do not work, two processes may finish the same step: here the rival has, just before the rename."""
+    rival = tmp_path / "rival"
+    shutil.copytree(results.complete(Square(1)), rival)
+    shutil.rmtree(results.folder(Square(1)))
+    manifest = (rival / "manifest.json").read_bytes()
+    asked = json.loads(manifest)
+    part = tmp_path / "part"
+    shutil.copytree(rival, part)
+    (part / "manifest.json").write_text("mine")
+    shutil.copytree(rival, results.folder(Square(1)))
+    results._publish(part, results.folder(Square(1)), {key: asked[key] for key in ("spec", "inputs")})
+    assert (results.folder(Square(1)) / "manifest.json").read_bytes() == manifest
+    (results.folder(Square(1)) / "scores.json").write_text("{}")
+    with pytest.raises(OSError, match="part"):
+        results._publish(part, results.folder(Square(1)), {key: asked[key] for key in ("spec", "inputs")})
+    assert (results.folder(Square(1)) / "scores.json").read_text() == "{}"
+
+
+# verification
+
+
+def edit_manifest(folder: Path, change) -> None:
+    manifest = json.loads((folder / "manifest.json").read_text())
+    change(manifest)
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
+def same_size_and_time(folder: Path) -> None:
+    """Other bytes, but the same length and time of modification."""
+    path = folder / "deep" / "digits.txt"
+    stat, content = path.stat(), path.read_text()
+    time.sleep(0.02)  # longer than the tick of the file system's clock
+    path.write_text(content[::-1])
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+
+
+def become_foreign(folder: Path) -> None:
+    other = results.complete(Square(8))
+    shutil.rmtree(folder)
+    shutil.copytree(other, folder)
+
+
+def become_a_file(folder: Path) -> None:
+    shutil.rmtree(folder)
+    folder.write_text("a note")
+
+
+DAMAGE = {
+    "changed file": (lambda f: (f / "scores.json").write_text('{"square": 99}'), "changed: scores.json"),
+    "same size and time": (same_size_and_time, "changed: deep/digits.txt"),
+    "emptied file": (lambda f: (f / "deep" / "digits.txt").write_text(""), "changed: deep/digits.txt"),
+    "missing file": (lambda f: (f / "deep" / "digits.txt").unlink(), "missing: deep/digits.txt"),
+    "unknown file": (lambda f: (f / "deep" / "other.txt").touch(), "unknown: deep/other.txt"),
+    "dangling link": (lambda f: (f / "link").symlink_to("nowhere"), "cannot be read"),
+    "manifest gone": (lambda f: (f / "manifest.json").unlink(), "cannot be read"),
+    "manifest no JSON": (lambda f: (f / "manifest.json").write_text('{"spec'), "cannot be read"),
+    "manifest no text": (lambda f: (f / "manifest.json").write_bytes(b"\xff\xfe\xff"), "cannot be read"),
+    "manifest a list": (lambda f: (f / "manifest.json").write_text("[1]"), "no list of files"),
+    "manifest without files": (lambda f: edit_manifest(f, lambda m: m.pop("files")), "no list of files"),
+    "another setting": (lambda f: edit_manifest(f, lambda m: m["spec"]["fields"].update(number=4)), 'another "spec"'),
+    "another type": (lambda f: edit_manifest(f, lambda m: m["spec"]["fields"].update(seed=False)), 'another "spec"'),
+    "not a number": (lambda f: edit_manifest(f, lambda m: m["spec"]["fields"].update(seed=math.nan)), 'another "spec"'),
+    "another input": (lambda f: edit_manifest(f, lambda m: m["inputs"].update(images="0" * 64)), 'another "inputs"'),
+    "another hash": (lambda f: edit_manifest(f, lambda m: m["files"].update({"scores.json": "0"})), "changed: scores"),
+    "foreign folder": (become_foreign, 'another "spec"'),
+    "empty folder": (lambda f: [shutil.rmtree(f), f.mkdir()], "cannot be read"),
+    "a file": (become_a_file, "cannot be read"),
+}
+
+
+def contents(path: Path) -> dict[str, bytes]:
+    """Every file below a folder (or the file itself) with its bytes."""
+    files = [path] if path.is_file() else [p for p in path.rglob("*") if p.is_file()]
+    return {str(p.relative_to(path)): p.read_bytes() for p in files}
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+@pytest.mark.parametrize("seen", [False, True], ids=["unseen", "verified before"])
+def test_what_is_damaged_or_foreign_is_set_aside_and_computed_anew(name, seen):
+    damage, reason = DAMAGE[name]
+    good = results.run([Square(3)])
+    folder = results.complete(Square(3))
+    if seen:
+        results.run([Square(3)])
+    damage(folder)
+    damaged = contents(folder)
+    with pytest.warns(UserWarning, match=reason) as caught:
+        again = results.run([Square(3)])
+    assert f"square/{folder.name} was set aside as {folder.name}.set-aside-1" in str(caught[0].message)
+    assert calls()["square 3"] == 2
+    pd.testing.assert_frame_equal(again, good)
+    assert [path.name for path in set_aside()] == [f"{folder.name}.set-aside-1"]
+    assert contents(set_aside()[0]) == damaged
+    results.run([Square(3)])
+    assert calls()["square 3"] == 2
+
+
+def test_every_damaged_folder_is_kept_under_its_own_number():
+    for text in ("first", "second"):
+        (results.complete(Square(1)) / "scores.json").write_text(text)
+        with pytest.warns(UserWarning, match="set aside"):
+            results.complete(Square(1))
+    assert [path.name[-1] + (path / "scores.json").read_text() for path in set_aside()] == ["1first", "2second"]
+
+
+def test_hidden_files_do_no_harm():
+    folder = results.complete(Square(1))
+    (folder / ".ipynb_checkpoints").mkdir()
+    (folder / ".ipynb_checkpoints" / "scores-checkpoint.json").touch()
+    (folder / "deep" / ".DS_Store").touch()
+    results.complete(Square(1))
+    assert calls() == {"square 1": 1}
+
+
+def test_a_damaged_nested_step_is_computed_anew_where_it_is_used():
+    (results.complete(Square(3)) / "scores.json").write_text('{"square": 1000}')
+    with pytest.warns(UserWarning, match="changed: scores.json"):
+        table = results.run([Mean((Square(3),))])
+    assert table["mean"].tolist() == [9]
+
+
+def test_a_file_is_read_once_per_process(monkeypatch):
+    results.run([Square(1)])
+    results.run([Square(1)])
+    monkeypatch.setattr(hashlib, "file_digest", lambda *_: pytest.fail("a file was hashed again"))
+    results.run([Square(1)])
+
+
+# the manifest
+
+
+def test_the_manifest_says_what_was_done(tmp_path):
+    source = tmp_path / "source.bin"
+    source.write_bytes(b"abc")
+    folder = results.complete(Around(Copy(str(source)), seed=5))
+    manifest = json.loads((folder / "manifest.json").read_text())
+    inner = {"kind": "copy", "fields": {"source": str(source)}}
+    assert manifest["spec"] == {"kind": "around", "fields": {"inner": inner, "seed": 5}}
+    assert manifest["inputs"] == {"inner.source": hashlib.sha256(b"abc").hexdigest()}
+    assert manifest["files"] == {"scores.json": hashlib.sha256((folder / "scores.json").read_bytes()).hexdigest()}
+    assert manifest["versions"].keys() == {"python", "torch", "diffusers", "transformers", "peft", "numpy", "fx"}
+    assert manifest["versions"]["numpy"] == np.__version__
+    assert manifest["seed"] == 5
+    assert 0 <= manifest["seconds"] < DEADLINE
+    assert abs(pd.Timestamp.now("UTC") - pd.Timestamp(manifest["finished"])) < pd.Timedelta(minutes=1)
+
+
+def test_a_step_without_seed_has_none():
+    assert json.loads((results.complete(Long(1)) / "manifest.json").read_text())["seed"] is None
+
+
+@pytest.mark.parametrize(
+    ("what", "error", "message"),
+    [
+        ("writes nothing", RuntimeError, "wrote no file"),
+        ("own manifest", RuntimeError, "own manifest.json"),
+        ("nested scores", ValueError, "flat"),
+        ("broken scores", ValueError, "not JSON"),
+        ("raises", ZeroDivisionError, "divided"),
+        ("interrupted", KeyboardInterrupt, None),
+    ],
+)
+def test_nothing_is_kept_of_a_step_that_goes_wrong(what, error, message):
+    with pytest.raises(error, match=message):
+        results.complete(Faulty(what))
+    assert list((results.RUNS / "faulty").iterdir()) == []
+
+
+def test_environment_summary_is_one_line_of_versions():
+    summary = results.environment_summary()
+    assert "\n" not in summary
+    assert f"python {platform.python_version()}, torch " in summary
+    assert f"numpy {np.__version__}" in summary
+
+
+# addresses
+
+
+def test_digest_is_the_sha256_of_the_canonical_json():
+    text = '{"inputs":{},"spec":{"fields":{"label":"a","number":3,"seed":0},"kind":"square"}}'
+    assert results.digest(Square(3)) == hashlib.sha256(text.encode()).hexdigest()[:16]
+    assert results.folder(Square(3)) == results.RUNS / "square" / results.digest(Square(3))
+    assert not results.RUNS.exists()
+
+
+@pytest.mark.parametrize("change", [{"number": 4}, {"label": "b"}, {"seed": 1}, {"seed": 0.0}, {"seed": False}])
+def test_a_changed_field_changes_the_digest(change):
+    assert results.digest(replace(Square(3), **change)) != results.digest(Square(3))
+
+
+def test_the_order_of_fields_does_not_matter_but_names_and_kind_do():
+    base = results.digest(spec_class("Toy", a=1, b=2))
+    assert results.digest(spec_class("Toy", b=2, a=1)) == base
+    others = [spec_class("Toy", a=2, b=1), spec_class("Toy", a=1, c=2), spec_class("Tool", a=1, b=2)]
+    assert base not in map(results.digest, others)
+
+
+def test_nested_fields_and_their_order_in_a_tuple_enter_the_digest():
+    specs = [
+        Mean((Square(1), Square(2))),
+        Mean((Square(2), Square(1))),
+        Mean((Square(1), Square(2, "b"))),
+        Mean((Square(1),)),
+        Mean(()),
+        Around(Square(1)),
+        Around((Square(1),)),
+        Around(((Square(1),),)),
+        Around(Around(Square(1))),
+        Around(None),
+    ]
+    assert len({results.digest(spec) for spec in specs}) == len(specs)
+
+
+def test_values_that_differ_in_anything_have_different_digests():
+    plain = [None, True, False, 0, 1, -1, 0.0, 1.0, 0.1, 0.1 + 1e-16, 1e300, "", "0", "1", "null", "true", "é", "[]"]
+    values = [*plain, (), *((value,) for value in plain), (0, 1), (1, 0), ((0,), 1), (0, (1,)), ((0, 1),), 10**30]
+    assert len({results.digest(Around(value)) for value in values}) == len(set(map(repr, values))) == len(values)
+
+
+@given(st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(max_size=5))
+@settings(max_examples=30)
+def test_digest_depends_on_the_value_alone(value):
+    assert results.digest(Around((value, None))) == results.digest(Around((copy.deepcopy(value), None)))
+    assert results.digest(Around(value)) != results.digest(Around(repr(value) + "."))
+
+
+@pytest.mark.parametrize(
+    ("value", "name"),
+    [
+        ([1, 2], "Around.inner is "),
+        ((1, {"a": 1}), r"Around.inner\[1\] is "),
+        (Path("x"), "Around.inner is "),
+        (math.nan, "Around.inner is nan"),
+        (-math.inf, "Around.inner is -inf"),
+        (np.int64(3), "Around.inner is "),
+        (Around({1}), "Around.inner.inner is "),
+    ],
+)
+def test_a_field_that_is_not_plain_is_refused_by_name_before_any_work(value, name):
+    with pytest.raises(TypeError, match=name):
+        results.run([Square(1), Around(value)])
+    assert calls() == {}
+
+
+# outside content
+
+
+def test_changed_input_content_is_another_step_and_the_old_one_stays(tmp_path):
+    source = tmp_path / "source.bin"
+    source.write_bytes(b"one")
+    spec = Around(((Copy(str(source)), 1),))  # inputs are found at any depth
+    old = {s: results.complete(s) for s in (spec, Copy(str(source)))}
+    source.write_bytes(b"three")
+    for s, folder in old.items():
+        assert results.complete(s) != folder
+        assert (folder / "manifest.json").exists()
+    assert set_aside() == []
+    source.write_bytes(b"one")
+    assert {s: results.complete(s) for s in old} == old
+    assert calls() == {"around": 2, "copy": 2}
+
+
+def test_two_inputs_of_one_step_are_told_apart_by_their_way(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name).write_text(name)
+    a, b = (Copy(str(tmp_path / name)) for name in ("a", "b"))
+    inputs = json.loads((results.complete(Around((a, b))) / "manifest.json").read_text())["inputs"]
+    assert inputs == {"inner[0].source": results.sha256_of(a.source), "inner[1].source": results.sha256_of(b.source)}
+
+
+def test_an_input_that_changes_during_the_work_spoils_it(tmp_path, monkeypatch):
+    source = tmp_path / "source.bin"
+    source.write_bytes(b"one")
+    written = Path.write_bytes
+    monkeypatch.setattr(Path, "write_bytes", lambda path, data: written(path, data) + source.open("ab").write(b"!"))
+    with pytest.raises(RuntimeError, match="changed while it was computed"):
+        results.complete(Copy(str(source)))
+    assert list((results.RUNS / "copy").iterdir()) == []
+
+
+def test_a_missing_input_is_reported_before_any_work(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"missing\.png does not exist"):
+        results.run([Square(1), Copy(str(tmp_path / "missing.png"))])
+    assert calls() == {}
+
+
+def test_sha256_of_a_file(tmp_path):
+    path = tmp_path / "file"
+    path.write_bytes(b"x" * 100_000)
+    assert results.sha256_of(path) == results.sha256_of(str(path)) == hashlib.sha256(b"x" * 100_000).hexdigest()
+    path.write_bytes(b"y")
+    assert results.sha256_of(path) == hashlib.sha256(b"y").hexdigest()
+
+
+def test_sha256_of_a_folder_covers_names_contents_and_places(tmp_path):
+    def make(name: str, files: dict[str, str]) -> str:
+        for file, text in files.items():
+            (tmp_path / name / file).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / name / file).write_text(text)
+        return results.sha256_of(tmp_path / name)
+
+    base = make("base", {"b": "2", "sub/a": "1"})
+    hashes = {"b": hashlib.sha256(b"2").hexdigest(), "sub/a": hashlib.sha256(b"1").hexdigest()}
+    assert base == hashlib.sha256(json.dumps(hashes, separators=(",", ":")).encode()).hexdigest()
+    assert make("same", {"sub/a": "1", "b": "2", ".hidden": "3"}) == base
+    others = [{"b": "1", "sub/a": "2"}, {"b": "2", "a": "1"}, {"b": "2", "sub/a": "1", "c": ""}, {"b": "2"}]
+    assert base not in {make(f"other{i}", files) for i, files in enumerate(others)}
+
+
+def test_sha256_of_a_folder_follows_links(tmp_path):
+    (tmp_path / "there").mkdir()
+    (tmp_path / "there" / "image").write_text("1")
+    (tmp_path / "here").mkdir()
+    (tmp_path / "here" / "linked").symlink_to(tmp_path / "there")
+    before = results.sha256_of(tmp_path / "here")
+    (tmp_path / "there" / "image").write_text("22")
+    assert results.sha256_of(tmp_path / "here") != before
+
+
+def test_nothing_to_hash_is_an_error(tmp_path):
+    with pytest.raises(FileNotFoundError, match="nowhere does not exist"):
+        results.sha256_of(tmp_path / "nowhere")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="without files"):
+        results.sha256_of(tmp_path / "empty")
+
+
+# errors
+
+
+def test_a_failing_step_lets_all_others_finish_and_is_named():
+    with pytest.raises(RuntimeError) as caught:
+        results.run([Square(1), Faulty("raises"), Square(2), Faulty("broken scores")])
+    message = str(caught.value)
+    assert message.startswith("2 step(s) failed; everything else is finished and kept")
+    assert f"Faulty(what='raises') ({results.digest(Faulty('raises'))}): ZeroDivisionError: the toy divided" in message
+    assert "Faulty(what='broken scores')" in message
+    assert "Square" not in message
+    assert isinstance(caught.value.__cause__, ZeroDivisionError)
+    assert results.run([Square(1), Square(2)])["square"].tolist() == [1, 4]
+    assert calls() == {"square 1": 1, "faulty raises": 1, "square 2": 1, "faulty broken scores": 1}
+
+
+def test_a_keyboard_interrupt_goes_straight_through():
+    with pytest.raises(KeyboardInterrupt):
+        results.run([Square(1), Faulty("interrupted"), Square(2)])
+    assert calls() == {"square 1": 1, "faulty interrupted": 1}
+
+
+@dataclass
+class Melting:
+    """A spec that could change after its address was taken."""
+
+    number: int = 0
+
+
+@pytest.mark.parametrize(
+    ("stranger", "message"),
+    [
+        (Unheard(), "how to do a Unheard: import the module"),
+        (Melting(), "frozen=True"),
+        (Square, "pass an instance"),
+        ("square", "'square' is no spec"),
+        (Around(Melting()), "frozen=True"),
+        (Around(Square), "pass an instance"),
+    ],
+)
+def test_a_stranger_is_refused_before_any_work(stranger, message):
+    with pytest.raises(TypeError, match=message):
+        results.run([Square(1), stranger])
+    with pytest.raises(TypeError, match=message):
+        results.complete(stranger)
+    assert not results.RUNS.exists()
+
+
+def test_perform_itself_refuses_an_unknown_class(tmp_path):
+    with pytest.raises(TypeError, match=r"Unheard with @results\.perform\.register"):
+        results.perform(Unheard(), tmp_path)
+
+
+@pytest.mark.parametrize("call", [lambda: results.run([Square(1), Square(2)]), lambda: results.complete(Square(1))])
+def test_runs_that_cannot_be_written_is_reported_before_any_work(call, tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(results, "RUNS", tmp_path / "file" / "runs")
+    monkeypatch.setitem(globals(), "log", lambda line: pytest.fail("work was begun"))
+    with pytest.raises(NotADirectoryError, match="set the environment variable FX_RUNS"):
+        call()
+
+
+def test_an_input_that_changes_between_check_and_work_is_noticed(tmp_path, monkeypatch):
+    """The row would otherwise be read from a folder that was never made."""
+    source = tmp_path / "source.bin"
+    source.write_bytes(b"one")
+    monkeypatch.setattr(results, "_require_writable_runs", lambda: source.write_bytes(b"three"))
+    results.RUNS.mkdir()
+    (results.RUNS / "locks").mkdir()
+    with pytest.raises(RuntimeError, match="leave the inputs alone"):
+        results.run([Copy(str(source))])
+
+
+# progress
+
+
+def test_the_bar_counts_finished_rows_at_once_and_failed_ones_never(monkeypatch):
+    bars = []
+
+    class Bar(results.tqdm):
+        def __init__(self, **options):
+            bars.append((self, options))
+            super().__init__(**options)
+
+    monkeypatch.setattr(results, "tqdm", Bar)
+    results.run([Square(1)])
+    with pytest.raises(RuntimeError):
+        results.run([Square(1), Square(2), Faulty("raises"), Square(1), Square(2)], description="toys")
+    bar, options = bars[1]
+    assert (options["total"], options["initial"], bar.n, options["desc"]) == (5, 2, 4, "toys")
+    assert options["mininterval"] >= 2
+    assert bar.disable or bar.last_print_n == 4
+
+
+# where RUNS lies, and what is imported
+
+
+@pytest.mark.parametrize(
+    ("value", "place"),
+    [(None, ROOT / "runs"), ("", ROOT / "runs"), ("some/place", ROOT / "some/place"), ("/a/place", Path("/a/place"))],
+)
+def test_fx_runs_moves_the_work_area(value, place, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)  # the working directory does not count
+    monkeypatch.delenv("FX_RUNS", raising=False)
+    if value is not None:
+        monkeypatch.setenv("FX_RUNS", value)
+    assert runpy.run_path(results.__file__)["RUNS"] == place
+
+
+def note_imports(file: Path) -> None:
+    """Write what this process has imported."""
+    file.write_text(json.dumps(sorted(sys.modules)))
+
+
+def test_the_runner_imports_neither_dask_nor_the_diffusion_stack(processes, tmp_path):
+    process = processes.Process(target=note_imports, args=(tmp_path / "imports",))
+    process.start()
+    process.join(DEADLINE)
+    imported = set(json.loads((tmp_path / "imports").read_text()))
+    assert "fx.results" in imported
+    assert not imported & {"dask", "distributed", "torch", "diffusers", "transformers", "peft"}
+
+
+# dask
+
+
+@pytest.fixture(scope="module")
+def client():
+    distributed = pytest.importorskip("dask.distributed")
+    with (
+        distributed.LocalCluster(processes=False, n_workers=2, threads_per_worker=1, dashboard_address=None) as cluster,
+        distributed.Client(cluster) as client,
+    ):
+        yield client
+
+
+@pytest.mark.filterwarnings("ignore:another process or thread")
+def test_a_dask_client_gives_the_same_rows(client, tmp_path, monkeypatch):
+    specs = [Mean((Square(n), Square(1))) for n in range(4)] + [Square(9), Mean((Square(0), Square(1)))]
+    results.run(specs[:1])
+    table = results.run(specs, client=client)
+    assert calls() == {"mean": 4, "square 0": 1, "square 1": 1, "square 2": 1, "square 3": 1, "square 9": 1}
+    pd.testing.assert_frame_equal(results.run(specs, client=client), table)
+    monkeypatch.setattr(results, "RUNS", tmp_path / "without client")
+    pd.testing.assert_frame_equal(results.run(specs), table)
+
+
+def test_a_dask_client_lets_others_finish_and_names_the_failed_ones(client):
+    specs = [Faulty("raises"), Square(1), Square(2)]
+    for attempt in (1, 2):
+        with pytest.raises(RuntimeError, match=r"1 step\(s\) failed(?s:.*)Faulty\(what='raises'\).*divided by zero"):
+            results.run(specs, client=client)
+        assert calls() == {"square 1": 1, "square 2": 1, "faulty raises": attempt}
+
+
+def test_a_worker_that_keeps_its_results_elsewhere_is_noticed(client, tmp_path, monkeypatch):
+    elsewhere = tmp_path / "elsewhere"
+    monkeypatch.setattr(results, "complete", lambda spec: elsewhere / results.digest(spec))
+    with pytest.raises(RuntimeError, match=r"finished as .*elsewhere.*set FX_RUNS to one folder"):
+        results.run([Square(1)], client=client)
+
+
+def test_an_interrupt_cancels_what_the_workers_have_not_begun(client, monkeypatch):
+    class Bar(results.tqdm):
+        def update(self, n=1):
+            raise KeyboardInterrupt
+
+    cancelled = []
+    monkeypatch.setattr(results, "tqdm", Bar)
+    monkeypatch.setattr(client, "cancel", cancelled.extend)
+    with pytest.raises(KeyboardInterrupt):
+        results.run([Square(n) for n in range(5)], client=client)
+    assert len(cancelled) == 5
