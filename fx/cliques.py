@@ -1,8 +1,8 @@
 """From similarities of generated images to extracted images (Sec. 4.3).
 
-Images i and j are joined when sim(i, j) >= phi; the largest clique is removed again and again, and each clique's central
-image is extracted. Only the largest clique is ever needed, so none of the (exponentially many) others is enumerated:
-a lazy branch and bound on bit rows finds it (greedy colouring bounds after San Segundo et al., 2011).
+Images i and j are joined when sim(i, j) >= phi; the largest clique is removed again and again, and each clique's
+central image is extracted. Only the largest clique is ever needed, so the (exponentially many) others are not
+enumerated: a lazy branch and bound on bit rows finds it (greedy colouring bounds as in San Segundo et al., 2011).
 
 All comparisons are made on similarities rounded to integer millionths, so results do not depend on the last bits of
 floating-point sums.
@@ -35,7 +35,7 @@ class Extraction:
 
 
 def extract(similarity: np.ndarray, n_training: int, rule: str = "paper") -> Extraction:
-    """Extract exactly N0 = `n_training` of n >= 2 generated images from their `similarity` [n, n] by one of three rules.
+    """Extract N0 = `n_training` of n >= 2 generated images from their similarities [n, n] by one of three rules.
 
     paper: phi starts at the 25% quantile of all pairs, rounded down to 0.01, and rises by 0.01 until there are at least
         N0 cliques, single images included (Sec. 4.3 asks for exactly N0, a number that the sweep can jump over; the
@@ -71,11 +71,11 @@ def extract(similarity: np.ndarray, n_training: int, rule: str = "paper") -> Ext
 def largest_cliques(similarity: np.ndarray, threshold: float, at_most: int | None = None) -> list[tuple[int, ...]]:
     """The greedy partition of the graph with an edge where `similarity` [n, n] >= `threshold`, largest clique first.
 
-    Every image belongs to one clique, a single image if need be; `at_most` ends after that many cliques. Of equally
-    large cliques the one with the highest sum of similarities is taken, then the one with the lowest indices. Two limits,
-    both counted in search nodes and never in seconds, keep hard graphs tractable:
-    - after TIE_NODES, the first found of the equally large cliques still to come is kept (the search order depends on
-      the similarities alone and not on the order of the images, unless the similarities of two images have equal sums);
+    Every image belongs to one clique, which may be that image alone; `at_most` ends after that many cliques. Of equally
+    large cliques the one with the highest sum of similarities is taken, then the one with the lowest indices. Two
+    limits, both counted in search nodes and never in seconds, keep hard graphs tractable:
+    - after TIE_NODES, the best of the equally large cliques found so far is taken. The search order follows from the
+      similarities, so this too is independent of the order of the images unless their rows have equal sums;
     - after NODES, the clique may not be the largest, and one warning counts the cliques concerned.
     """
     weights = _millionths(similarity)
@@ -152,10 +152,10 @@ def _centre(weights: np.ndarray, clique: tuple[int, ...]) -> int:
 class _Search:
     """Lazy search for the largest clique of a graph from which cliques are removed.
 
-    Vertices are renumbered in degeneracy order and a set of them is an int with one bit each. `bounds[v]` is never below
-    the size of the largest clique whose first vertex is v: removing vertices cannot invalidate it, so work done for one
-    clique serves all later ones. `known[v]` is the best clique found with first vertex v while it is intact. A clique is
-    held as (size, sum of similarities, negated indices, vertices), so that the greatest tuple is the preferred clique.
+    Vertices are renumbered in degeneracy order and a set of them is an int with one bit each. `bounds[v]` is never
+    below the size of the largest clique whose first vertex is v. Removing vertices cannot invalidate it, so work done
+    for one clique serves all later ones. `known[v]` is the best clique with first vertex v while it is intact. A clique
+    is held as (size, sum of similarities, negated indices, vertices): the greatest tuple is the preferred clique.
     """
 
     def __init__(self, weights: np.ndarray, phi: int):
@@ -171,33 +171,52 @@ class _Search:
         self.nodes = 0
 
     def remove_largest(self) -> tuple[tuple[int, ...], bool]:
-        """Remove the largest clique; return its images in ascending order and whether it is proven to be the largest."""
-        self.nodes = 0
+        """Remove the largest clique; return its images in ascending order and whether it is proven the largest."""
+        self.nodes, proven = 0, True
         self.known = {v: c for v, c in self.known.items() if all(self.alive >> u & 1 for u in c[3])}
-        best, proven = max(self.known.values(), default=(0,)), True
+        best = max([self.greedy_clique(), *self.known.values()])
         for v in sorted(_bits(self.alive), key=lambda v: (-self.bounds[v], -v)):
-            if self.bounds[v] < best[0] + (self.nodes > TIE_NODES):
+            if not proven or self.bounds[v] < best[0] + (self.nodes > TIE_NODES):
                 break
-            if v in self.known:
-                continue
-            found, proven = self.best_clique_from(v, best)
-            best = max(best, found or best)
-            if not proven:
-                break
-            if found:
-                self.known[v], self.bounds[v] = found, found[0]
-            else:
-                self.bounds[v] = min(self.bounds[v], best[0] - (self.nodes <= TIE_NODES))
+            if v not in self.known:
+                found, proven = self.best_clique_from(v, best[0])
+                if proven:
+                    self.note(v, found, best[0])
+                best = max(best, found or best)
         for v in best[3]:
             self.alive ^= 1 << v
         return tuple(sorted(self.order[v] for v in best[3])), proven
 
-    def best_clique_from(self, first: int, best: tuple) -> tuple[tuple | None, bool]:
-        """The best clique with first vertex `first` that is no smaller than `best`, and whether the search was finished.
+    def note(self, v: int, found: tuple | None, size: int) -> None:
+        """Keep the result of a finished search from v: `found`, or no clique of `size` (larger, once ties are cut)."""
+        if found:
+            self.known[v], self.bounds[v] = found, found[0]
+        else:
+            self.bounds[v] = min(self.bounds[v], size - (self.nodes <= TIE_NODES))
 
-        After TIE_NODES nodes only cliques larger than the best are sought.
+    def greedy_clique(self) -> tuple:
+        """A large clique to start from: a quick dive from every vertex, and a careful one from the ten best of them."""
+        dives = sorted((self.dive(v, careful=False) for v in _bits(self.alive)), key=len, reverse=True)
+        return max(map(self.describe, dives[:1] + [self.dive(dive[0], careful=True) for dive in dives[:10]]))
+
+    def dive(self, v: int, careful: bool) -> list[int]:
+        """Extend v to a maximal clique: by the last vertex in order, or carefully by the one that keeps most others."""
+        chosen, candidates = [v], self.joined[v] & self.alive
+        while candidates:
+            if careful:
+                _, v = max(((self.joined[u] & candidates).bit_count(), u) for u in _bits(candidates))
+            else:
+                v = candidates.bit_length() - 1
+            chosen.append(v)
+            candidates &= self.joined[v]
+        return chosen
+
+    def best_clique_from(self, first: int, size: int) -> tuple[tuple | None, bool]:
+        """The best clique of at least `size` with first vertex `first`, if any, and whether the search was finished.
+
+        After TIE_NODES nodes only cliques larger than the largest so far are sought.
         """
-        found, size, chosen = None, best[0], [first]
+        found, chosen = None, [first]
         frames = [self.frame(self.joined[first] >> first + 1 << first + 1 & self.alive, size - 1)]
         while frames:
             candidates, branches = frames[-1]
@@ -209,7 +228,7 @@ class _Search:
                 frames.pop()
                 chosen.pop()
                 continue
-            if size and self.nodes >= NODES:
+            if self.nodes >= NODES:
                 return found, False
             self.nodes += 1
             v, _ = branches.pop()
@@ -219,10 +238,10 @@ class _Search:
         return found, True
 
     def frame(self, candidates: int, missing: int) -> list:
-        """[candidates, branches]: those candidates (vertex, colour) worth adding when `missing` more vertices are needed.
+        """[candidates, branches]: the candidates (vertex, colour) worth adding when `missing` more vertices are needed.
 
-        Candidates are coloured greedily, no two of a colour being joined, so a clique among the candidates up to colour
-        k has at most k vertices; those of a colour below `missing` are left out. The last branch has the highest colour.
+        Candidates are coloured greedily, no two of a colour being joined, so a clique among those up to colour k has at
+        most k vertices. Those of a colour below `missing` are left out. The last branch has the highest colour.
         """
         branches, uncoloured, colour = [], candidates, 0
         while uncoloured:
@@ -237,12 +256,13 @@ class _Search:
         return [candidates, branches]
 
     def describe(self, vertices: list[int]) -> tuple:
+        """A clique as the tuple described above."""
         total = int(self.weights[np.ix_(vertices, vertices)].sum()) // 2
         return len(vertices), total, tuple(sorted((-self.order[v] for v in vertices), reverse=True)), tuple(vertices)
 
 
 def _degeneracy_order(joined: np.ndarray, sums: np.ndarray) -> tuple[list[int], list[int]]:
-    """Vertices in the order in which the one of lowest degree is removed, and its degree then; ties by `sums`, index."""
+    """Vertices in the order of removal of the one of lowest degree (ties: `sums`, then index), and its degree then."""
     n = len(joined)
     key = joined.sum(axis=1) + np.argsort(np.argsort(sums, kind="stable")) / max(n, 1)
     order, degrees = [], []

@@ -78,7 +78,8 @@ def _folder_item(folder: Path, caption: str) -> Item:
             f"no item {str(folder)!r}: it is neither a folder of images nor a shipped item; "
             f"fx.datasets.names('style') and names('object') list those"
         )
-    images = tuple(sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES))
+    visible = (path for path in folder.iterdir() if not path.name.startswith("."))
+    images = tuple(sorted(path for path in visible if path.suffix.lower() in SUFFIXES))
     if not images:
         raise ValueError(f"no images in {folder}: it needs files ending in {', '.join(sorted(SUFFIXES))}")
     if not caption:
@@ -91,6 +92,10 @@ def open_image(path: Path) -> Image.Image:
     try:
         with Image.open(path) as file:
             image = ImageOps.exif_transpose(file)
+            if image.mode.startswith("I;16"):  # 16-bit grey, which Pillow would clip at 255
+                image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+            if image.mode in ("I", "F"):
+                raise ValueError(f"its pixels are of Pillow's type {image.mode!r}, not of 8 or 16 bits")
             if image.has_transparency_data:
                 image = image.convert("RGBA")
                 white = Image.new("RGBA", image.size, "white")

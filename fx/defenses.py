@@ -8,7 +8,7 @@ CUTOUT_SHARE = 0.5  # DeVries & Taylor (2017): a square of half the side
 
 
 def cutout(images: Tensor) -> Tensor:
-    """Cutout: one grey square of half the side at a random place in each image, float32 [n, 3, h, w] in [-1, 1]."""
+    """Cutout: one grey square of half the side at a random place in each image, float32 [n, 3, side, side] in [-1, 1]."""
     side = int(images.shape[-1] * CUTOUT_SHARE)
     erased = images.clone()
     for image in erased:

@@ -1,8 +1,8 @@
 """The extraction demo: fine-tune on one item, extract it with three arms, print the scores, save a picture.
 
-    python -m fx.demo                                  # one artist of the shipped style set
-    python -m fx.demo object/rooster --method lora
-    python -m fx.demo ~/photos/dog --caption "a dog"   # any folder of images
+python -m fx.demo                                  # one artist of the shipped style set
+python -m fx.demo object/rooster --method lora
+python -m fx.demo ~/photos/dog --caption "a dog"   # any folder of images
 """
 
 import argparse

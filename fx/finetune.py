@@ -19,7 +19,7 @@ from tqdm import tqdm
 from fx import results
 from fx.datasets import load_images, load_item
 from fx.defenses import TRANSFORMS
-from fx.models import LORA_FILE, encode_caption, load_pipeline, model_folder
+from fx.models import LORA_FILE, check_caption, encode_caption, load_pipeline, load_tokenizer, model_folder
 
 METHODS = ("dreambooth", "lora")
 LORA_LAYERS = ["to_q", "to_k", "to_v", "to_out.0"]  # of self- and cross-attention
@@ -50,7 +50,7 @@ class FineTune:
     def __post_init__(self):
         if self.method not in METHODS:
             raise ValueError(f"unknown method {self.method!r}: choose from {', '.join(METHODS)}")
-        if (self.method == "lora") != (self.rank > 0 and self.alpha > 0):
+        if not (min(self.rank, self.alpha) > 0 if self.method == "lora" else self.rank == self.alpha == 0):
             raise ValueError(f"rank {self.rank} and alpha {self.alpha}: LoRA needs both above 0, DreamBooth both 0")
         if self.transform != "none" and self.transform not in TRANSFORMS:
             raise ValueError(f"unknown transform {self.transform!r}: choose from none, {', '.join(TRANSFORMS)}")
@@ -64,6 +64,7 @@ class FineTune:
 @results.inputs.register
 def _(spec: FineTune) -> dict[str, str]:
     item = load_item(spec.item, spec.caption)
+    check_caption(load_tokenizer(spec.base), item.caption)
     images = {f"image {number}": results.sha256_of(path) for number, path in enumerate(item.training)}
     return {"base": results.sha256_of(model_folder(spec.base)), "caption": item.caption, **images}
 
@@ -80,7 +81,10 @@ def _(spec: FineTune, folder: Path) -> None:
     (folder / "item.json").write_text(json.dumps({"caption": item.caption, "n_training": item.n_training}))
     if spec.method == "lora":
         layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(pipeline.unet))
-        pipeline.save_lora_weights(folder, unet_lora_layers=layers, weight_name=LORA_FILE)
+        settings = pipeline.unet.peft_config["default"].to_dict()  # without them, loading takes alpha to be the rank
+        pipeline.save_lora_weights(
+            folder, unet_lora_layers=layers, unet_lora_adapter_metadata=settings, weight_name=LORA_FILE
+        )
     else:
         pipeline.unet.save_pretrained(folder / "unet")
 

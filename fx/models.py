@@ -1,5 +1,6 @@
 """Model pairs (Sec. 3.1): the base model theta and the fine-tuned model theta' behind one interface."""
 
+import functools
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -7,11 +8,15 @@ import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.utils import logging as diffusers_logging
 from torch import Tensor
+from transformers import CLIPTokenizer
+from transformers.utils import logging as transformers_logging
 
 from fx.paths import MODELS
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
+PICKLES = ("diffusion_pytorch_model*.bin", "pytorch_model*.bin", "pytorch_lora_weights*.bin")
 diffusers_logging.disable_progress_bar()
+transformers_logging.disable_progress_bar()
 
 
 def device() -> torch.device:
@@ -32,9 +37,10 @@ def model_folder(name: str) -> Path:
 
 def load_pipeline(name: str) -> StableDiffusionPipeline:
     """A Stable Diffusion pipeline in float32 with the deterministic DDIM scheduler; only safetensors are read."""
+    _refuse_pickles(folder := model_folder(name))
     pipeline = StableDiffusionPipeline.from_pretrained(
-        model_folder(name),
-        torch_dtype=torch.float32,
+        folder,
+        dtype=torch.float32,
         use_safetensors=True,
         safety_checker=None,
         requires_safety_checker=False,
@@ -47,13 +53,36 @@ def load_pipeline(name: str) -> StableDiffusionPipeline:
     return pipeline.to(device())
 
 
-def encode_caption(pipeline: StableDiffusionPipeline, caption: str) -> Tensor:
-    """Last hidden state of the text encoder, [1, tokens, width]; ValueError if the caption does not fit."""
-    tokenizer = pipeline.tokenizer
+def _refuse_pickles(folder: Path) -> None:
+    """ValueError if `folder` or a part of the model in it has weights as a pickle only."""
+    for pickle in (path for part in (folder, *folder.glob("*/")) for name in PICKLES for path in part.glob(name)):
+        if not any(pickle.parent.glob("*.safetensors")):
+            raise ValueError(
+                f"{pickle} is a pickle, which can run code when it is read: only safetensors are; "
+                "convert it where it can be trusted (save_pretrained writes safetensors)"
+            )
+
+
+@functools.cache
+def load_tokenizer(name: str) -> CLIPTokenizer:
+    """The tokenizer of a pipeline (see `model_folder`)."""
+    return CLIPTokenizer.from_pretrained(model_folder(name) / "tokenizer")
+
+
+def check_caption(tokenizer: CLIPTokenizer, caption: str) -> None:
+    """ValueError if a caption has more tokens than the text encoder reads; it would be cut off silently otherwise."""
     limit, n = tokenizer.model_max_length, len(tokenizer(caption).input_ids)
     if n > limit:
         raise ValueError(f"the caption {caption!r} has {n} tokens, the text encoder reads at most {limit}: shorten it")
-    ids = tokenizer(caption, padding="max_length", max_length=limit, return_tensors="pt").input_ids
+
+
+def encode_caption(pipeline: StableDiffusionPipeline, caption: str) -> Tensor:
+    """Last hidden state of the text encoder, [1, tokens, width]; ValueError if the caption does not fit."""
+    tokenizer = pipeline.tokenizer
+    check_caption(tokenizer, caption)
+    ids = tokenizer(
+        caption, padding="max_length", max_length=tokenizer.model_max_length, return_tensors="pt"
+    ).input_ids
     with torch.no_grad():
         return pipeline.text_encoder(ids.to(pipeline.device))[0]
 
@@ -73,9 +102,10 @@ class ModelPair:
         if self.base_unet is not None:
             return _predict(self.base_unet, x, t, text)
         self.pipeline.unet.disable_adapters()
-        predicted = _predict(self.pipeline.unet, x, t, text)
-        self.pipeline.unet.enable_adapters()
-        return predicted
+        try:
+            return _predict(self.pipeline.unet, x, t, text)
+        finally:
+            self.pipeline.unet.enable_adapters()
 
     def tuned(self, x: Tensor, t: Tensor, text: Tensor) -> Tensor:
         """eps_theta'(x_t, t, text), shapes as in `base`."""
@@ -88,15 +118,16 @@ def _predict(unet: UNet2DConditionModel, x: Tensor, t: Tensor, text: Tensor) -> 
 
 def load_pair(base: str, tuned: Path) -> ModelPair:
     """The pair of a base model and a folder that holds a fine-tuned `unet/`, or a LoRA in diffusers' layout."""
+    _refuse_pickles(tuned)
     pipeline = load_pipeline(base)
     if (tuned / LORA_FILE).is_file():
         pipeline.load_lora_weights(tuned, weight_name=LORA_FILE, adapter_name="default")
-        if not pipeline.get_active_adapters():
+        if "unet" not in pipeline.get_list_adapters():
             raise ValueError(f"{tuned / LORA_FILE} holds no adapter for the U-Net of {base}")
         return ModelPair(pipeline, None)
     if not (tuned / "unet/config.json").is_file():
         raise FileNotFoundError(f"{tuned} holds neither a unet/ folder nor {LORA_FILE}")
     base_unet = pipeline.unet
-    unet = UNet2DConditionModel.from_pretrained(tuned / "unet", use_safetensors=True, torch_dtype=torch.float32)
+    unet = UNet2DConditionModel.from_pretrained(tuned / "unet", use_safetensors=True, dtype=torch.float32)
     pipeline.unet = unet.requires_grad_(False).eval().to(pipeline.device)
     return ModelPair(pipeline, base_unet)

@@ -1,5 +1,6 @@
 """Figures: from one row of pictures to the tables' point plots; every figure is saved once per profile."""
 
+import textwrap
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -40,8 +41,23 @@ def picture_rows(rows: dict[str, np.ndarray], title: str = "", width: float = 0.
     return figure
 
 
+def captioned_grid(pictures: np.ndarray, captions: list[str], columns: int = 8, width: float = 1.15) -> Figure:
+    """Pictures uint8 [n, h, w, 3] in a grid, each under its own caption."""
+    rows = -(-len(pictures) // columns)
+    figure, axes = plt.subplots(
+        rows, columns, figsize=(columns * width, rows * (width + 0.3)), squeeze=False, layout="constrained"
+    )
+    for axis in axes.flat:
+        axis.axis("off")
+    for axis, picture, caption in zip(axes.flat, pictures, captions, strict=False):
+        axis.imshow(picture)
+        axis.set_title("\n".join(textwrap.wrap(caption, 20)[:3]), fontsize=6)
+    return figure
+
+
 def loss_curves(losses: dict[str, np.ndarray], window: int = 50) -> Figure:
-    """Training losses over steps, each as a running mean over `window` steps."""
+    """Training losses over steps, each as a running mean over `window` steps (over all of the shortest, if fewer)."""
+    window = min(window, *map(len, losses.values()))
     figure, axes = plt.subplots(figsize=(6, 2.6))
     for label, values in losses.items():
         smooth = np.convolve(values, np.ones(window) / window, mode="valid")

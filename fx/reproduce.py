@@ -1,8 +1,8 @@
 """Run the notebooks in order by papermill and so regenerate every table and figure.
 
-    python -m fx.reproduce                        # all but 00, mini profile, into runs/executed/mini
-    python -m fx.reproduce 03 --profile smoke
-    python -m fx.reproduce 03 -p artists=20 -p objects=30
+python -m fx.reproduce                        # all but 00, mini profile, into runs/executed/mini
+python -m fx.reproduce 03 --profile smoke
+python -m fx.reproduce 03 -p artists=20 -p objects=30
 """
 
 import argparse
@@ -38,7 +38,7 @@ def parameters(notebook: Path, profile: str, extra: dict[str, object]) -> dict[s
     file = NOTEBOOKS / "params" / profile / f"{notebook.stem}.yaml"
     if profile != "mini" and not file.exists():
         raise ValueError(f"the profile {profile} has no parameters for {notebook.name}")
-    given = {**(yaml.safe_load(file.read_text()) if file.exists() else {}), **extra}
+    given = {**((yaml.safe_load(file.read_text()) if file.exists() else None) or {}), **extra}
     known = papermill.inspect_notebook(notebook)
     if unknown := sorted(set(given) - set(known)):
         raise ValueError(
@@ -52,7 +52,10 @@ def assignment(text: str) -> tuple[str, object]:
     name, equals, value = text.partition("=")
     if not equals or not name.isidentifier():
         raise argparse.ArgumentTypeError(f"{text!r} is not of the form name=value")
-    return name, yaml.safe_load(value)
+    try:
+        return name, yaml.safe_load(value)
+    except yaml.YAMLError:
+        raise argparse.ArgumentTypeError(f"the value of {text!r} is not YAML") from None
 
 
 def main(words: list[str] | None = None) -> None:

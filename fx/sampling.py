@@ -45,9 +45,9 @@ class Generate:
 
     def __post_init__(self):
         check_arm(self.arm, self.guidance_scale, self.correction_scale)
-        if self.images_per_training < 1 or not 1 <= self.steps <= 1000:
+        if self.images_per_training < 1 or not 1 <= self.steps < 1000:
             raise ValueError(
-                f"images_per_training {self.images_per_training} must be at least 1, steps {self.steps} within 1..1000"
+                f"images_per_training {self.images_per_training} must be at least 1, steps {self.steps} within 1..999"
             )
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-MODELS = Path(__file__).resolve().parent.parent / "data" / "models"
+from fx.paths import MODELS
 
 
 class BasicBlock(nn.Module):
@@ -65,11 +65,15 @@ class MiniSSCD(nn.Module):
         pooled = features.clamp(min=1e-6).pow(3).mean(dim=(2, 3)).pow(1 / 3)
         return F.normalize(self.project(pooled))
 
-    def save_pretrained(self, folder: Path) -> None:
-        """Write config.json and model.safetensors (floating-point tensors as fp16) into `folder`."""
+    def save_pretrained(self, folder: Path, thresholds: dict[str, float] | None = None) -> None:
+        """Write config.json and model.safetensors (floating-point tensors as fp16) into `folder`.
+
+        thresholds: "loose" and "strict", the similarities that `copy_thresholds` gives back.
+        """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.json").write_text(json.dumps({"architecture": "MiniSSCD", **self.config}, indent=2) + "\n")
+        config = {"architecture": "MiniSSCD", **self.config} | ({"thresholds": thresholds} if thresholds else {})
+        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         state = {name: t.half() if t.is_floating_point() else t for name, t in self.state_dict().items()}
         save_file({name: t.contiguous().cpu() for name, t in state.items()}, folder / "model.safetensors")
 
@@ -81,6 +85,7 @@ class MiniSSCD(nn.Module):
             if not (folder / name).is_file():
                 raise FileNotFoundError(f"{folder} holds no {name}: name a folder written by MiniSSCD.save_pretrained.")
         config = json.loads((folder / "config.json").read_text())
+        config.pop("thresholds", None)
         if config.pop("architecture", None) != "MiniSSCD":
             raise ValueError(f"{folder / 'config.json'} does not describe a MiniSSCD: its 'architecture' must say so.")
         model = cls(**config)
@@ -88,16 +93,30 @@ class MiniSSCD(nn.Module):
         return model.eval()
 
 
-def load_descriptor(name_or_path: str | Path) -> nn.Module:
-    """The descriptor network `mini-sscd` (data/models/mini-sscd) or the MiniSSCD in a folder, in eval mode."""
-    if str(name_or_path) == "mini-sscd":
-        return MiniSSCD.from_pretrained(MODELS / "mini-sscd")
-    if not Path(name_or_path).is_dir():
-        raise ValueError(
-            f"Unknown descriptor '{name_or_path}': it is neither 'mini-sscd' nor a folder "
-            "with config.json and model.safetensors."
-        )
-    return MiniSSCD.from_pretrained(Path(name_or_path))
+def descriptor_folder(name: str | Path) -> Path:
+    """The folder of a shipped descriptor ("mini-sscd") or of a path to one; FileNotFoundError if there is none."""
+    for folder in (MODELS / name, Path(name).expanduser()):
+        if (folder / "config.json").is_file():
+            return folder
+    raise FileNotFoundError(
+        f"unknown descriptor {str(name)!r}: it is neither 'mini-sscd' nor a folder with config.json and model.safetensors"
+    )
+
+
+def load_descriptor(name: str | Path) -> MiniSSCD:
+    """The descriptor network `name` (see `descriptor_folder`), in eval mode."""
+    return MiniSSCD.from_pretrained(descriptor_folder(name))
+
+
+def copy_thresholds(name: str | Path) -> tuple[float, float]:
+    """The loose and the strict similarity of a descriptor, the roles of SSCD's 0.6 and 0.7 in the paper (Sec. 3.2).
+
+    They were measured when the descriptor was trained (notebook 00); ValueError if its folder does not hold them.
+    """
+    thresholds = json.loads((descriptor_folder(name) / "config.json").read_text()).get("thresholds")
+    if thresholds is None:
+        raise ValueError(f"the descriptor {str(name)!r} was saved without thresholds: give them to save_pretrained")
+    return thresholds["loose"], thresholds["strict"]
 
 
 @torch.inference_mode()

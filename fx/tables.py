@@ -32,7 +32,7 @@ def paired_difference(
     """
     lines = []
     for key, group in rows.groupby(by, sort=False):
-        wide = group.pivot(index="item", columns="arm", values=score)[[arm, baseline]]
+        wide = group.pivot(index="item", columns="arm", values=score).reindex(columns=[arm, baseline])
         if wide.isna().any(axis=None):
             missing = sorted(wide.index[wide.isna().any(axis=1)])
             raise ValueError(f"{arm} and {baseline} were not run on the same items in {key}: {missing}")
@@ -40,7 +40,13 @@ def paired_difference(
         difference = (wide[arm] - wide[baseline]).mean()
         lines.append(
             dict(zip(by, key, strict=True))
-            | {"items": len(wide), "difference": difference, "low": low, "high": high, "excludes 0": low > 0 or high < 0}
+            | {
+                "items": len(wide),
+                "difference": difference,
+                "low": low,
+                "high": high,
+                "excludes 0": low > 0 or high < 0,
+            }
         )
     return pd.DataFrame(lines)
 

@@ -18,6 +18,7 @@ from fx.mini.pictures import corrupt, jitter, to_float
 
 MAX_TOKENS = 32
 VOCABULARY = 4096
+GOOD, BAD = "a good picture", "a bad picture"  # CLIP-IQA's antonym prompts
 
 
 def train_tokenizer(captions: list[str], folder: Path) -> CLIPTokenizer:
@@ -94,6 +95,22 @@ def contrastive_loss(
         return {"loss": value, "accuracy": (logits.argmax(1) == same).float().mean()}
 
     return loss
+
+
+@torch.no_grad()
+def quality_scores(model: CLIPModel, tokenizer: CLIPTokenizer, pictures: Tensor, seed: int = 0) -> dict[str, float]:
+    """Mean CLIP-IQA score (Wang et al., 2023) of pictures as they are and corrupted, each in 0..1.
+
+    The score is the softmax over the cosines, times the model's temperature, with a good and a bad picture's prompt.
+    """
+    prompts = F.normalize(model.get_text_features(tokenize(tokenizer, [GOOD, BAD])).pooler_output, dim=1)
+    clean = to_float(pictures)
+    scores = {}
+    for name, images in (("clean", clean), ("corrupted", corrupt(clean, torch.Generator().manual_seed(seed)))):
+        features = F.normalize(model.get_image_features(pixel_values=images).pooler_output, dim=1)
+        scores[name] = (model.logit_scale.exp() * features @ prompts.T).softmax(dim=1)[:, 0]
+    better = (scores["clean"] > scores["corrupted"]).float().mean().item()
+    return {name: value.mean().item() for name, value in scores.items()} | {"clean scores higher": better}
 
 
 @torch.no_grad()

@@ -19,6 +19,10 @@ import pandas as pd
 from PIL import Image
 from tqdm import tqdm
 
+from fx.datasets import SETS
+from fx.datasets import shipped as read_index
+from fx.paths import DATASETS
+
 
 @dataclass(frozen=True)
 class EmojiFamily:
@@ -172,7 +176,8 @@ def _clip_art_rows(folder: Path) -> list[dict]:
 
 def _without_address(author: str) -> str:
     """Some authors signed with an e-mail address; captions and the shipped data carry the name only."""
-    return re.sub(r"[(\[][^)\]]*@[^)\]]*[)\]]", "", author).split("@")[0].strip()
+    name = re.sub(r"\S*@\S*", "", author).strip(" -")
+    return name or author.split("@")[0].removeprefix("mailto:")
 
 
 def _first(pattern: str, text: str) -> str:
@@ -293,3 +298,40 @@ def captions(row: pd.Series) -> list[str]:
         return [f"clipart of {title}", f"clipart of {kind} {title}", f"a {title}", *by]
     word = FAMILIES[row.collection].word
     return [f"{word} emoji of {title}"] * 2 + [f"a {title}", f"{title}, {row.tags}" if row.tags else title]
+
+
+def build(folder: Path, sources: Path) -> tuple[pd.DataFrame, np.ndarray]:
+    """The whole catalogue and its pictures, uint8 [n, 128, 128, 3]; kept in `folder` once rendered."""
+    table, pictures = folder / "catalogue.csv", folder / "pictures.npy"
+    if not (table.exists() and pictures.exists()):
+        folder.mkdir(parents=True, exist_ok=True)
+        fetch(sources)
+        rows, rendered = render_all(catalogue(sources), sources)
+        np.save(pictures, rendered)
+        rows.to_csv(table, index=False)
+    return pd.read_csv(table, keep_default_na=False), np.load(pictures)
+
+
+def shipped() -> tuple[pd.DataFrame, np.ndarray]:
+    """The pictures of data/datasets in the catalogue's form: a stand-in corpus for trying the training code."""
+    entries = [
+        image | {"collection": "openclipart", "tags": "", "folder": dataset, "key": image["source"]}
+        for dataset in SETS
+        for item in read_index(dataset).values()
+        for image in item["training"] + item["controls"]
+    ]
+    rows = pd.DataFrame(entries)
+    paths = [DATASETS / row.folder / row.file for row in rows.itertuples()]
+    return rows, np.stack([np.asarray(Image.open(path).convert("RGB")) for path in paths])
+
+
+def halve(pictures: np.ndarray) -> np.ndarray:
+    """uint8 [n, 128, 128, 3] to the models' 64 px."""
+    return np.stack([np.asarray(Image.fromarray(p).resize((64, 64), Image.Resampling.LANCZOS)) for p in pictures])
+
+
+def held_out(n: int, size: int = 512) -> tuple[np.ndarray, np.ndarray]:
+    """Sorted indices of the pictures to train on, and `size` indices (at most a quarter) never trained on."""
+    order = np.random.default_rng(0).permutation(n)
+    size = min(size, n // 4)
+    return np.sort(order[size:]), order[:size]

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -161,12 +162,15 @@ def write(items: dict[str, dict], rows: pd.DataFrame, pictures: np.ndarray, fold
 def pretraining_rows(rows: pd.DataFrame, pictures: np.ndarray, items: list[dict]) -> np.ndarray:
     """Indices of the corpus: no work by an item's artist, no emoji of an item's title, nothing alike to an item.
 
-    Inside Open Clip Art, near-identical files are kept once.
+    An artist's works are also those signed in other letter case or together with somebody else. Inside Open Clip Art,
+    near-identical files are kept once.
     """
     shipped = sorted({index for item in items for role in ("training", "controls") for index in item[role]})
     titles = {title for group in (OBJECTS, DEVELOPMENT_OBJECTS) for kin in group.values() for title in kin}
     emoji = rows.collection != "openclipart"
-    out = (emoji & rows.title.isin(titles)) | rows.author.isin([*ARTISTS, *DEVELOPMENT_ARTISTS])
+    artists = "|".join(re.escape(artist) for artist in (*ARTISTS, *DEVELOPMENT_ARTISTS))
+    signed = rows.author.str.contains(rf"(?<!\w)(?:{artists})(?!\w)", case=False)
+    out = (emoji & rows.title.isin(titles)) | signed
     prints = thumbprint(pictures)
     out |= near_duplicates(prints, prints[:, shipped], ALIKE_IN_CORPUS)
     clip_art = np.flatnonzero(~emoji & ~out)

@@ -1,10 +1,15 @@
 """mini-sd: a latent diffusion model of Stable Diffusion's classes on mini-vae's latents and mini-clip's text tower."""
 
+import copy
+import shutil
+from pathlib import Path
+
+import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from torch import Tensor
-from transformers import CLIPTextModel, CLIPTokenizer
+from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer
 
 from fx.mini.clip import tokenize
 from fx.mini.pictures import to_float
@@ -75,15 +80,45 @@ def diffusion_loss(latents: Tensor, choices: list[list[int]], texts: Tensor, emp
     return loss
 
 
-def assemble(unet, vae, text, tokenizer) -> StableDiffusionPipeline:
-    """The stock pipeline of these parts (no safety checker)."""
+def assemble(unet, vae, clip: CLIPModel, tokenizer: CLIPTokenizer, scale: float) -> StableDiffusionPipeline:
+    """The stock pipeline of these parts (no safety checker); `scale` is the latents' scaling factor."""
+    text = CLIPTextModel(clip.config.text_config)
+    text.load_state_dict(clip.text_model.state_dict())
+    vae.register_to_config(scaling_factor=scale)
     return StableDiffusionPipeline(
-        vae=vae,
-        text_encoder=text,
+        vae=vae.eval(),
+        text_encoder=text.eval(),
         tokenizer=tokenizer,
-        unet=unet,
+        unet=unet.eval(),
         scheduler=scheduler(),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
     )
+
+
+def draw(pipeline: StableDiffusionPipeline, prompts: list[str], w: float = 3.0, steps: int = 25, seed: int = 0):
+    """One sample per prompt at guidance scale w, uint8 [n, 64, 64, 3]."""
+    pipeline.set_progress_bar_config(disable=True)
+    generators = [torch.Generator().manual_seed(seed * 100_003 + index) for index in range(len(prompts))]
+    images = []
+    for start in range(0, len(prompts), 50):
+        part = slice(start, start + 50)
+        images.append(
+            pipeline(
+                prompts[part], guidance_scale=w, num_inference_steps=steps, generator=generators[part], output_type="np"
+            ).images
+        )
+    return (np.concatenate(images) * 255).round().astype(np.uint8)
+
+
+def save(folder: Path, pipeline: StableDiffusionPipeline, clip: CLIPModel) -> None:
+    """Write mini-vae, mini-clip and mini-sd below `folder` as fp16 safetensors; mini-sd/vae is a link to mini-vae."""
+    for name in ("mini-vae", "mini-clip", "mini-sd"):
+        shutil.rmtree(folder / name, ignore_errors=True)
+    copy.deepcopy(clip).half().save_pretrained(folder / "mini-clip")
+    pipeline.tokenizer.save_pretrained(folder / "mini-clip")
+    half = copy.deepcopy(pipeline).to(torch.float16)
+    half.save_pretrained(folder / "mini-sd")
+    (folder / "mini-sd/vae").rename(folder / "mini-vae")
+    (folder / "mini-sd/vae").symlink_to("../mini-vae")

@@ -77,9 +77,19 @@ def settle_statistics(model: MiniSSCD, pictures: Tensor, batches: int = 40) -> M
 
 
 @torch.no_grad()
-def copy_scores(model: MiniSSCD, pictures: Tensor, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Cosines of each picture with a copy of itself [n], and with all other pictures [n (n - 1) / 2]."""
-    x = to_float(pictures)
-    original, copied = model(x), model(copy(x, torch.Generator().manual_seed(seed)))
-    upper = torch.triu_indices(len(x), len(x), 1)
-    return (original * copied).sum(1).numpy(), (original @ original.T)[upper[0], upper[1]].numpy()
+def describe(model: MiniSSCD, pictures: Tensor, batch: int = 256) -> Tensor:
+    """Descriptors float32 [n, d] of pictures uint8 [n, 3, h, w]."""
+    return torch.cat([model(to_float(part)) for part in pictures.split(batch)])
+
+
+@torch.no_grad()
+def copy_scores(model: MiniSSCD, pictures: Tensor, titles: list[str], seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Cosines of each picture with a copy of itself [n], and of all pairs of pictures with different titles [m]."""
+    original = describe(model, pictures)
+    rng = torch.Generator().manual_seed(seed)
+    copied = torch.cat([model(copy(to_float(part), rng)) for part in pictures.split(256)])
+    names = np.unique(titles, return_inverse=True)[1]
+    first, second = np.triu_indices(len(names), 1)
+    different = names[first] != names[second]
+    pairs = (original @ original.T).numpy()[first[different], second[different]]
+    return (original * copied).sum(dim=1).numpy(), pairs

@@ -39,28 +39,34 @@ def train(
     folder: Path,
     save_every: float = 240.0,
 ) -> tuple[nn.Module, list[dict]]:
-    """Minimise `loss(model, rng)["loss"]`; return the EMA model and the log (one dict of floats every 20 steps).
+    """Minimise `loss(model, rng)["loss"]`; return the EMA model and the log (means of 20 steps a row).
 
-    State lies in `folder`/state.pt, written every `save_every` seconds; a killed run goes on from there. The batches
-    of step i are drawn from a generator seeded with i, so a resumed run sees what an uninterrupted one would have.
+    State lies in `folder`/state.pt, written with a row of the log once `save_every` seconds have passed; a killed run
+    goes on from there. The batches of step i are drawn from a generator seeded with i, so a resumed run sees what an
+    uninterrupted one would have.
     """
     folder.mkdir(parents=True, exist_ok=True)
     average = copy.deepcopy(model).eval().requires_grad_(False)
     optimizer = torch.optim.AdamW(
-        model.parameters(), lr=schedule.lr, weight_decay=schedule.weight_decay, betas=(0.9, 0.99), fused=True
+        [p for p in model.parameters() if p.requires_grad],
+        lr=schedule.lr,
+        weight_decay=schedule.weight_decay,
+        betas=(0.9, 0.99),
+        fused=True,
     )
-    step, log = 0, []
+    first, log = 0, []
     if (state_file := folder / "state.pt").exists():
         state = torch.load(state_file, weights_only=True)
         model.load_state_dict(state["model"])
         average.load_state_dict(state["average"])
         optimizer.load_state_dict(state["optimizer"])
-        step, log = state["step"], json.loads((folder / "log.json").read_text())
-        log = [row for row in log if row["step"] < step]
-    saved, began = time.monotonic(), time.monotonic()
-    sums: dict[str, float] = {}
+        first, log = state["step"], json.loads((folder / "log.json").read_text())
+        log = [row for row in log if row["step"] < first]
+    saved = time.monotonic()
+    began = saved - (log[-1]["seconds"] if log else 0.0)
+    recent: list[dict[str, float]] = []
     model.train()
-    for step in (bar := tqdm(range(step, schedule.steps), initial=step, total=schedule.steps, mininterval=5)):
+    for step in (bar := tqdm(range(first, schedule.steps), initial=first, total=schedule.steps, mininterval=5)):
         for group in optimizer.param_groups:
             group["lr"] = schedule.rate(step)
         terms = loss(model, torch.Generator().manual_seed(step))
@@ -69,13 +75,13 @@ def train(
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         _update(average, model, min(schedule.ema, (1 + step) / (10 + step)))
-        for name, value in terms.items():
-            sums[name] = sums.get(name, 0.0) + value.item() / 20
-        if (step + 1) % 20 == 0:
-            log.append({"step": step, "lr": schedule.rate(step), "seconds": time.monotonic() - began, **sums})
-            bar.set_postfix({k: f"{v:.4f}" for k, v in sums.items()}, refresh=False)
-            sums = {}
-        if time.monotonic() - saved > save_every or step + 1 == schedule.steps:
+        recent.append({name: value.item() for name, value in terms.items()})
+        if (step + 1) % 20 == 0 or step + 1 == schedule.steps:
+            means = {name: sum(row[name] for row in recent) / len(recent) for name in terms}
+            log.append({"step": step, "lr": schedule.rate(step), "seconds": time.monotonic() - began, **means})
+            bar.set_postfix({name: f"{mean:.4f}" for name, mean in means.items()}, refresh=False)
+            recent = []
+        if (not recent and time.monotonic() - saved > save_every) or step + 1 == schedule.steps:
             _save(folder, model, average, optimizer, step + 1, log)
             saved = time.monotonic()
     return average, log
@@ -92,5 +98,6 @@ def _update(average: nn.Module, model: nn.Module, keep: float) -> None:
 def _save(folder: Path, model: nn.Module, average: nn.Module, optimizer, step: int, log: list[dict]) -> None:
     state = {"model": model.state_dict(), "average": average.state_dict(), "step": step}
     torch.save({**state, "optimizer": optimizer.state_dict()}, part := folder / "state.pt.part")
-    (folder / "log.json").write_text(json.dumps(log))
+    (log_part := folder / "log.json.part").write_text(json.dumps(log))
+    os.replace(log_part, folder / "log.json")
     os.replace(part, folder / "state.pt")

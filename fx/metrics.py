@@ -1,0 +1,92 @@
+"""How much of the training set was extracted (Sec. 3.2), and how certain the numbers are.
+
+Training and extracted images enter as descriptors, one row each; sim is their cosine.
+"""
+
+import numpy as np
+
+
+def best_match(training: np.ndarray, extracted: np.ndarray) -> np.ndarray:
+    """max_j sim(X0_i, X_j) of Eq. 1 and 2: float64 [m] in [-1, 1] of descriptors [m, d] and [k, d], any length of rows.
+
+    Raises ValueError if a set is empty, if the dimensions differ, or for rows that are all zero or not finite.
+    """
+    training, extracted = _unit_rows(training, "training"), _unit_rows(extracted, "extracted")
+    if training.shape[1] != extracted.shape[1]:
+        raise ValueError(
+            f"Training descriptors have {training.shape[1]} dimensions, extracted ones {extracted.shape[1]}: "
+            "compute both with the same network."
+        )
+    return np.clip(training @ extracted.T, -1, 1).max(axis=1)
+
+
+def average_similarity(training: np.ndarray, extracted: np.ndarray) -> float:
+    """AS, Eq. 1, in [0, 1].
+
+    Sec. 3.2 has sim "ranging from 0 to 1" while a cosine can be negative, so a negative best match counts as 0.
+    """
+    return float(np.clip(best_match(training, extracted), 0, 1).mean())
+
+
+def extraction_success_rate(training: np.ndarray, extracted: np.ndarray, threshold: float) -> float:
+    """A-ESR_tau, Eq. 2, in [0, 1]: the share of training images whose best match is above (not at) `threshold`."""
+    return float((best_match(training, extracted) > threshold).mean())
+
+
+def bootstrap_interval(
+    values: np.ndarray, level: float = 0.95, draws: int = 10_000, seed: int = 0
+) -> tuple[float, float]:
+    """Percentile bootstrap interval (Efron, 1979) of the mean of `values` [n], one value per item.
+
+    Items, not images, are drawn: the images of one item share a fine-tuned model and are not independent. A single item
+    says nothing about the spread between items: its interval is (nan, nan).
+    """
+    values = np.asarray(values, dtype=np.float64)
+    if values.ndim != 1 or values.size == 0 or not np.isfinite(values).all():
+        raise ValueError(f"Values must be a non-empty list of finite numbers, one per item; they are {values}.")
+    if not 0 < level < 1:
+        raise ValueError(f"The level of an interval lies between 0 and 1, such as 0.95; it is {level}.")
+    if values.size == 1:
+        return float("nan"), float("nan")
+    chosen = np.random.default_rng(seed).integers(values.size, size=(draws, values.size))
+    low, high = np.quantile(values[chosen].mean(axis=1), [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
+
+
+def paired_interval(
+    a: np.ndarray, b: np.ndarray, level: float = 0.95, draws: int = 10_000, seed: int = 0
+) -> tuple[float, float]:
+    """Bootstrap interval of the mean of a - b, where a[i] and b[i] are the scores of two arms on the same item i."""
+    a, b = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
+    if a.shape != b.shape:
+        raise ValueError(f"A paired difference needs both arms on the same items, not {a.shape} and {b.shape} values.")
+    return bootstrap_interval(a - b, level, draws, seed)
+
+
+def copy_threshold(negatives: np.ndarray, false_positive_rate: float) -> float:
+    """The lowest of the similarities `negatives` of unrelated pairs that at most the given share of them exceed.
+
+    It makes thresholds of different descriptors comparable: the paper's 0.6 and 0.7 hold for SSCD only. Raises ValueError
+    unless 0 < rate < 1 and there are at least 1 / rate negatives, below which the rate cannot be seen.
+    """
+    negatives = np.ravel(negatives)
+    if not 0 < false_positive_rate < 1:
+        raise ValueError(f"A false-positive rate lies between 0 and 1; it is {false_positive_rate}.")
+    if negatives.size < 1 / false_positive_rate or not np.isfinite(negatives).all():
+        raise ValueError(
+            f"A false-positive rate of {false_positive_rate:g} takes at least {np.ceil(1 / false_positive_rate):.0f} "
+            f"finite similarities of unrelated pairs; there are {np.isfinite(negatives).sum()} of {negatives.size}."
+        )
+    return float(np.quantile(negatives, 1 - false_positive_rate, method="inverted_cdf"))
+
+
+def _unit_rows(descriptors: np.ndarray, name: str) -> np.ndarray:
+    """Descriptors [n, d] as float64 with rows of unit length."""
+    rows = np.asarray(descriptors, dtype=np.float64)
+    if rows.ndim != 2 or len(rows) == 0:
+        raise ValueError(f"The {name} descriptors must be [n, d] with n >= 1, not {rows.shape}.")
+    lengths = np.linalg.norm(rows, axis=1, keepdims=True)
+    if not (np.isfinite(lengths) & (lengths > 0)).all():
+        bad = np.flatnonzero(~(np.isfinite(lengths) & (lengths > 0)))[0]
+        raise ValueError(f"The {name} descriptor {bad} is all zero or not finite: check the image it comes from.")
+    return rows / lengths

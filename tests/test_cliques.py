@@ -1,0 +1,294 @@
+"""Cliques against brute force, networkx and networkit; the three rules against constructions whose answer is known."""
+
+import itertools
+import warnings
+
+import networkit
+import networkx
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fx import cliques
+from fx.cliques import RULES, extract, largest_cliques
+
+
+def symmetric(n, pairs):
+    """[n, n] with unit diagonal and the given n (n - 1) / 2 similarities above and below it."""
+    matrix = np.zeros((n, n))
+    matrix[np.triu_indices(n, 1)] = pairs
+    return matrix + matrix.T + np.eye(n)
+
+
+@st.composite
+def small_similarities(draw):
+    """Matrices up to n = 10 in tenths: many equal similarities, hence many ties."""
+    n = draw(st.integers(1, 10))
+    count = n * (n - 1) // 2
+    return symmetric(n, np.array(draw(st.lists(st.integers(-3, 10), min_size=count, max_size=count))) / 10)
+
+
+def clustered(n, k, seed=0, noise=1.0, d=32):
+    """Similarities of n noisy copies of k random directions, and the direction of each."""
+    rng = np.random.default_rng(seed)
+    labels = rng.permutation(np.arange(n) % k)
+    rows = rng.standard_normal((k, d))[labels] + noise * rng.standard_normal((n, d))
+    rows /= np.linalg.norm(rows, axis=1, keepdims=True)
+    return rows @ rows.T, labels
+
+
+def graph(similarity, threshold):
+    """The same graph for networkx."""
+    n = len(similarity)
+    result = networkx.empty_graph(n)
+    result.add_edges_from(p for p in itertools.combinations(range(n), 2) if similarity[p] >= threshold - 1e-9)
+    return result
+
+
+def brute_force(similarity, threshold):
+    """The greedy partition with its tie rule, by trying all subsets."""
+    alive, result = list(range(len(similarity))), []
+    thousandths = np.rint(similarity * 1000).astype(int)
+    while alive:
+        for size in range(len(alive), 0, -1):
+            found = [
+                (-sum(thousandths[p] for p in itertools.combinations(subset, 2)), subset)
+                for subset in itertools.combinations(alive, size)
+                if all(thousandths[p] >= round(threshold * 1000) for p in itertools.combinations(subset, 2))
+            ]
+            if found:
+                result.append(min(found)[1])
+                alive = [i for i in alive if i not in result[-1]]
+                break
+    return result
+
+
+@given(small_similarities(), st.integers(-3, 11))
+@settings(max_examples=120, deadline=None)
+def test_partition_equals_brute_force(similarity, tenths):
+    assert largest_cliques(similarity, tenths / 10) == brute_force(similarity, tenths / 10)
+
+
+@given(small_similarities(), st.integers(-3, 11), st.randoms(use_true_random=False))
+@settings(max_examples=60, deadline=None, derandomize=True)
+def test_partition_does_not_depend_on_the_order_of_images(similarity, tenths, random):
+    n = len(similarity)
+    noise = np.triu(np.random.default_rng(n).uniform(0, 0.01, (n, n)), 1)  # so that no two sums agree
+    similarity = similarity + noise + noise.T
+    order = random.sample(range(n), n)
+    expected = largest_cliques(similarity, tenths / 10)
+    permuted = largest_cliques(similarity[np.ix_(order, order)], tenths / 10)
+    assert [sorted(order[i] for i in clique) for clique in permuted] == [list(clique) for clique in expected]
+
+
+@pytest.mark.parametrize("quantile", [0.3, 0.6, 0.9])
+def test_partition_equals_networkx_at_each_step(quantile):
+    similarity, _ = clustered(60, 6, noise=1.2)
+    threshold = round(np.quantile(similarity, quantile), 2)
+    rest = graph(similarity, threshold)
+    for clique in largest_cliques(similarity, threshold):
+        assert all(rest.has_edge(*pair) for pair in itertools.combinations(clique, 2))
+        assert len(clique) == networkx.max_weight_clique(rest, weight=None)[1]
+        rest.remove_nodes_from(clique)
+    assert len(rest) == 0
+
+
+def test_largest_clique_equals_networkit_on_a_larger_graph():
+    similarity, _ = clustered(200, 10, noise=1.5)
+    threshold = round(np.quantile(similarity, 0.8), 2)
+    edges = np.argwhere(np.triu(similarity >= threshold, 1))
+    other = networkit.GraphFromCoo(tuple(np.ascontiguousarray(edges.T)), n=200)
+    search = networkit.clique.MaximalCliques(other, maximumOnly=True)
+    search.run()
+    assert len(largest_cliques(similarity, threshold, at_most=1)[0]) == len(search.getCliques()[0])
+
+
+def test_larger_partition_does_not_depend_on_the_order_of_images():
+    similarity, _ = clustered(120, 8, noise=1.3)
+    order = np.random.default_rng(1).permutation(120)
+    expected = largest_cliques(similarity, 0.2)
+    permuted = largest_cliques(similarity[np.ix_(order, order)], 0.2)
+    assert [tuple(sorted(order[list(clique)].tolist())) for clique in permuted] == expected
+    assert largest_cliques(similarity, 0.2) == expected
+
+
+@pytest.mark.parametrize("n", [1, 2, 7, 150])
+def test_complete_empty_and_disconnected_graphs(n):
+    same = np.ones((n, n))
+    assert largest_cliques(same, 1.0) == [tuple(range(n))]
+    assert largest_cliques(same, 1.01, at_most=5) == [(i,) for i in range(min(n, 5))]
+    halves = np.kron(np.eye(2), same[: n // 2 + 1, : n // 2 + 1])
+    first, second = largest_cliques(halves, 0.5)
+    assert (first, second) == (tuple(range(n // 2 + 1)), tuple(range(n // 2 + 1, len(halves))))
+
+
+def test_no_images_have_no_cliques():
+    assert largest_cliques(np.empty((0, 0)), 0.5) == []
+
+
+def test_threshold_is_inclusive_in_millionths():
+    similarity = symmetric(3, np.float32([0.3, 0.299999, 0.2999999]))
+    assert largest_cliques(similarity, 0.3) == [(0, 1), (2,)]  # 0.2999999 rounds to 0.3: a tie, so the lower indices
+    assert largest_cliques(similarity, 0.299999) == [(0, 1, 2)]
+    assert largest_cliques(similarity, 0.300001) == [(0,), (1,), (2,)]
+
+
+def test_at_most_gives_the_beginning_of_the_partition():
+    similarity, _ = clustered(40, 5)
+    assert largest_cliques(similarity, 0.3, at_most=3) == largest_cliques(similarity, 0.3)[:3]
+
+
+def test_search_cut_short_warns_and_still_partitions(monkeypatch):
+    rng = np.random.default_rng(0)
+    similarity = symmetric(60, rng.random(60 * 59 // 2))
+    monkeypatch.setattr(cliques, "NODES", 3)
+    with pytest.warns(UserWarning, match="may not be the largest"):
+        found = largest_cliques(similarity, 0.3)
+    assert sorted(itertools.chain(*found)) == list(range(60))
+    assert all(similarity[p] >= 0.3 for clique in found for p in itertools.combinations(clique, 2))
+
+
+def test_ties_cut_short_still_remove_a_largest_clique_at_each_step(monkeypatch):
+    similarity, _ = clustered(80, 4, noise=2.0)
+    threshold = round(np.quantile(similarity, 0.5), 2)
+    monkeypatch.setattr(cliques, "TIE_NODES", 0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = largest_cliques(similarity, threshold)
+    assert sorted(itertools.chain(*found)) == list(range(80))
+    rest = graph(similarity, threshold)
+    for clique in found:
+        assert len(clique) == networkx.max_weight_clique(rest, weight=None)[1]
+        rest.remove_nodes_from(clique)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_every_rule_finds_clear_clusters(rule):
+    similarity, labels = clustered(60, 5, noise=0.4)
+    result = extract(similarity, 5, rule)
+    assert sorted(labels[list(result.centres)]) == [0, 1, 2, 3, 4]
+    assert all(len(set(labels[list(clique)])) == 1 for clique in result.cliques)
+    assert result.rule == rule
+
+
+@given(small_similarities(), st.data(), st.sampled_from(RULES))
+@settings(max_examples=80, deadline=None)
+def test_exactly_n_training_disjoint_cliques_with_their_centres(similarity, data, rule):
+    if len(similarity) < 2:
+        return
+    n_training = data.draw(st.integers(1, len(similarity)))
+    result = extract(similarity, n_training, rule)
+    assert len(result.cliques) == len(result.centres) == n_training
+    members = list(itertools.chain(*result.cliques))
+    assert len(members) == len(set(members))
+    for clique, centre in zip(result.cliques, result.centres, strict=True):
+        assert list(clique) == sorted(clique)
+        assert centre in clique
+        if rule != "peaks":
+            means = similarity[np.ix_(clique, clique)].mean(axis=1).round(9)
+            assert centre == clique[int(means.argmax())]
+
+
+def test_paper_sweep_stops_at_the_first_threshold_with_enough_cliques():
+    similarity, _ = clustered(40, 4, noise=0.6)
+    start = np.floor(np.quantile(similarity[np.triu_indices(40, 1)], 0.25) * 100) / 100
+    for n_training in (3, 8, 20):
+        expected = start
+        while len(largest_cliques(similarity, expected)) < n_training:
+            expected = round(expected + 0.01, 2)
+        result = extract(similarity, n_training, "paper")
+        assert result.threshold == pytest.approx(expected)
+        assert list(result.cliques) == largest_cliques(similarity, expected)[:n_training]
+    assert result.threshold > start
+
+
+def test_paper_starts_at_the_quantile_of_the_pairs_without_the_diagonal():
+    similarity = symmetric(5, [0.119] * 3 + [0.5] * 7)
+    assert extract(similarity, 1).threshold == pytest.approx(0.21)  # 0.119 + 0.25 * (0.5 - 0.119) = 0.214
+
+
+def blocks(*sizes_and_similarities):
+    """Disjoint blocks of images, each (size, similarity inside), and 0 between them."""
+    rows = sum(size for size, _ in sizes_and_similarities)
+    matrix, start = np.zeros((rows, rows)), 0
+    for size, inside in sizes_and_similarities:
+        matrix[start : start + size, start : start + size] = inside
+        start += size
+    np.fill_diagonal(matrix, 1)
+    return matrix
+
+
+def test_paper_keeps_the_largest_and_tightest_the_most_similar_cliques():
+    similarity = blocks((3, 0.9), (5, 0.6), (2, 0.99))
+    a, b, pair = (0, 1, 2), (3, 4, 5, 6, 7), (8, 9)
+    assert [extract(similarity, n, "tightest").cliques for n in (1, 2, 3)] == [(a,), (a, b), (a, b, pair)]
+    assert extract(similarity, 3, "tightest").threshold == pytest.approx(0.6)
+    assert [extract(similarity, n, "paper").cliques for n in (2, 3)] == [(b, a), (b, a, pair)]
+    assert extract(similarity, 2, "paper").threshold == pytest.approx(0.01)
+    assert extract(similarity, 1, "paper").cliques == (tuple(range(10)),)
+
+
+def test_paper_prefers_the_more_similar_of_equally_large_cliques():
+    similarity = blocks((4, 0.5), (4, 0.7), (4, 0.6))
+    assert extract(similarity, 2).cliques == ((4, 5, 6, 7), (8, 9, 10, 11))
+
+
+def test_tightest_raises_phi_when_there_are_too_few_cliques():
+    similarity = blocks((3, 0.62), (4, 0.6))
+    result = extract(similarity, 4, "tightest")
+    assert result.cliques == ((0, 1, 2), (3,), (4,), (5,))
+    assert result.threshold == pytest.approx(0.61)
+
+
+def test_peaks_rank_by_the_mean_of_the_five_highest_similarities():
+    similarity = blocks((7, 0.7), (6, 0.8), (5, 0.95))  # means of five: 0.7, 0.8 and 0.76
+    result = extract(similarity, 3, "peaks")
+    assert result.centres == (7, 13, 0)
+    assert result.cliques == (tuple(range(7, 13)), tuple(range(13, 18)), tuple(range(7)))
+    assert result.threshold == pytest.approx(0.7)
+
+
+def test_peaks_raise_phi_when_the_images_are_used_up():
+    result = extract(blocks((6, 0.9), (6, 0.8)), 3, "peaks")
+    assert result.centres == (0, 6, 7)
+    assert result.cliques == (tuple(range(6)), (6,), (7,))
+    assert result.threshold == pytest.approx(0.81)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_identical_images_and_as_many_training_as_generated_images(rule):
+    result = extract(np.ones((6, 6)), 3, rule)
+    assert result.centres == (0, 1, 2)
+    assert result.threshold == pytest.approx(1.01)
+    similarity, _ = clustered(12, 3)
+    assert sorted(extract(similarity, 12, rule).centres) == list(range(12))
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_extraction_does_not_depend_on_the_order_of_images(rule):
+    similarity, _ = clustered(50, 5, noise=0.9)
+    order = np.random.default_rng(2).permutation(50)
+    expected, permuted = extract(similarity, 6, rule), extract(similarity[np.ix_(order, order)], 6, rule)
+    assert permuted.threshold == expected.threshold
+    assert [sorted(order[list(c)].tolist()) for c in permuted.cliques] == [list(c) for c in expected.cliques]
+    big = [i for i, clique in enumerate(expected.cliques) if len(clique) > 2 or rule == "peaks"]  # a pair always ties
+    assert order[[permuted.centres[i] for i in big]].tolist() == [expected.centres[i] for i in big]
+
+
+@pytest.mark.parametrize(
+    ("similarity", "n_training", "rule", "message"),
+    [
+        (np.ones((2, 3)), 1, "paper", r"square, not \(2, 3\)"),
+        (np.ones(4), 1, "paper", "square"),
+        (np.array([[1, np.nan], [np.nan, 1]]), 1, "paper", "images 0 and 1 is nan"),
+        (np.array([[1, 0.5, 0.1], [0.5, 1, 0.2], [0.1, 0.3, 1]]), 1, "paper", r"\(1, 2\) and \(2, 1\) differ"),
+        (np.ones((3, 3)), 0, "paper", r"1\.\.3.*it is 0"),
+        (np.ones((3, 3)), 4, "peaks", r"1\.\.3.*it is 4"),
+        (np.ones((1, 1)), 1, "paper", "at least 2"),
+        (np.ones((3, 3)), 1, "best", "Unknown rule 'best'.*paper, tightest, peaks"),
+    ],
+)
+def test_what_cannot_be_clustered_is_refused_with_the_reason(similarity, n_training, rule, message):
+    with pytest.raises(ValueError, match=message):
+        extract(similarity, n_training, rule)

@@ -1,0 +1,247 @@
+"""Items: the shipped sets as they lie on disk, and folders of whatever images a person has."""
+
+import hashlib
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+from PIL import Image
+
+from fx import datasets
+from fx.paths import DATASETS
+
+ORIENTATION = 0x0112  # the EXIF tag
+# What a viewer does to the stored pixels [h, w, c] for each value of the tag (EXIF 2.3, sec. 4.6.4).
+UPRIGHT = {
+    1: lambda stored: stored,
+    2: lambda stored: stored[:, ::-1],
+    3: lambda stored: stored[::-1, ::-1],
+    4: lambda stored: stored[::-1],
+    5: lambda stored: stored.swapaxes(0, 1),
+    6: lambda stored: np.rot90(stored, -1),
+    7: lambda stored: stored[::-1, ::-1].swapaxes(0, 1),
+    8: lambda stored: np.rot90(stored, 1),
+}
+
+
+def entries(dataset: str) -> list[dict]:
+    """The index entries of all images of a shipped set."""
+    return [image for item in datasets.shipped(dataset).values() for role in datasets.ROLES for image in item[role]]
+
+
+def saved(folder, name: str, image: Image.Image, **options):
+    """`image` written to a file; its path."""
+    image.save(path := folder / name, **options)
+    return path
+
+
+# the shipped sets
+
+
+@pytest.mark.parametrize(
+    ("dataset", "reported", "development", "training"),
+    [("style", 20, 4, range(10, 11)), ("object", 30, 6, range(4, 7))],
+)
+def test_shipped_sets_have_the_promised_sizes(dataset, reported, development, training):
+    assert len(datasets.names(dataset)) == reported
+    assert len(datasets.names(dataset, "development")) == development
+    for item in datasets.shipped(dataset).values():
+        assert len(item["training"]) in training, item["name"]
+        assert len(item["controls"]) <= 10, item["name"]
+        assert item["name"]
+        assert item["caption"]
+
+
+@pytest.mark.parametrize("dataset", datasets.SETS)
+def test_shipped_images_are_128_px_with_the_listed_bytes_licence_and_title(dataset):
+    for entry in entries(dataset):
+        path = DATASETS / dataset / entry["file"]
+        assert hashlib.sha256(path.read_bytes()).hexdigest() == entry["sha256"], path
+        with Image.open(path) as image:
+            assert image.size == (128, 128), path
+        assert all(entry[key].strip() for key in ("licence", "title", "author", "source")), path
+
+
+@pytest.mark.parametrize("dataset", datasets.SETS)
+def test_every_shipped_file_is_listed_once_and_every_listed_file_is_there(dataset):
+    listed = Counter(entry["file"] for entry in entries(dataset))
+    root = DATASETS / dataset
+    present = {path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file()}
+    assert max(listed.values()) == 1
+    assert present - {"items.json", "README.md"} == set(listed)
+
+
+def test_no_shipped_image_occurs_twice():
+    pixels = Counter()
+    for dataset in datasets.SETS:
+        for entry in entries(dataset):
+            image = datasets.open_image(DATASETS / dataset / entry["file"])
+            pixels[hashlib.sha256(np.asarray(image).tobytes()).hexdigest()] += 1
+    assert max(pixels.values()) == 1
+
+
+@pytest.mark.parametrize("dataset", datasets.SETS)
+def test_splits_are_disjoint_and_together_the_set(dataset):
+    reported, development = (datasets.names(dataset, split) for split in datasets.SPLITS)
+    assert not set(reported) & set(development)
+    assert {*reported, *development} == {f"{dataset}/{slug}" for slug in datasets.shipped(dataset)}
+
+
+def test_names_come_in_a_fixed_order_and_up_to_a_limit():
+    assert datasets.names("style", limit=3) == datasets.names("style")[:3]
+    assert datasets.names("style") == datasets.names("style", "reported")
+
+
+def test_a_shipped_item_has_its_images_caption_and_controls():
+    entry = datasets.shipped("style")["mimooh"]
+    item = datasets.load_item("style/mimooh")
+    assert item.caption == entry["caption"]
+    assert [path.read_bytes() for path in item.training] == [
+        (DATASETS / "style" / image["file"]).read_bytes() for image in entry["training"]
+    ]
+    assert len(item.controls) == len(entry["controls"]) > 0
+    assert item.n_training == len(entry["training"])
+    assert datasets.load_item("style/mimooh", "another caption").caption == "another caption"
+
+
+def test_unknown_set_and_split_are_refused_with_the_choices():
+    with pytest.raises(ValueError, match="'styles': choose from style, object"):
+        datasets.names("styles")
+    with pytest.raises(ValueError, match="'test': choose from reported, development"):
+        datasets.names("style", "test")
+
+
+# folders
+
+
+def test_a_folder_is_an_item_of_its_images_in_order(tmp_path):
+    colours = {"b.PNG": "red", "a.jpeg": "lime", "c.webp": "blue"}
+    for name, colour in colours.items():
+        saved(tmp_path, name, Image.new("RGB", (9, 5), colour))
+    (tmp_path / "notes.txt").write_text("no image")
+    (tmp_path / "._a.jpeg").write_bytes(b"what some systems leave beside a file")
+    item = datasets.load_item(str(tmp_path), "a dog")
+    assert [path.name for path in item.training] == ["a.jpeg", "b.PNG", "c.webp"]
+    assert (item.name, item.caption, item.n_training, item.controls) == (tmp_path.name, "a dog", 3, ())
+
+
+@pytest.mark.parametrize("orientation", UPRIGHT)
+@pytest.mark.parametrize("suffix", ["jpg", "png"])
+def test_images_load_upright(tmp_path, orientation, suffix):
+    stored = np.random.default_rng(0).integers(0, 256, (3, 5, 3), np.uint8).repeat(8, 0).repeat(8, 1)
+    exif = Image.Exif()
+    exif[ORIENTATION] = orientation
+    options = {"quality": 95, "subsampling": 0} if suffix == "jpg" else {}
+    path = saved(tmp_path, f"a.{suffix}", Image.fromarray(stored), exif=exif, **options)
+    loaded = np.asarray(datasets.open_image(path)).astype(int)
+    expected = UPRIGHT[orientation](stored)
+    assert loaded.shape == expected.shape
+    assert np.abs(loaded - expected).max() <= (12 if suffix == "jpg" else 0)
+
+
+@given(pixels=hnp.arrays(np.uint8, (2, 3, 4)))
+@settings(max_examples=20)
+def test_transparent_images_are_laid_on_white(tmp_path_factory, pixels):
+    path = saved(tmp_path_factory.mktemp("rgba"), "a.png", Image.fromarray(pixels))
+    colour, alpha = pixels[..., :3].astype(float), pixels[..., 3:] / 255
+    expected = alpha * colour + (1 - alpha) * 255
+    assert np.abs(np.asarray(datasets.open_image(path)) - expected).max() <= 1
+
+
+def test_a_transparent_palette_entry_becomes_white(tmp_path):
+    image = Image.fromarray(np.array([[0, 1], [1, 0]], np.uint8))
+    image.putpalette([0, 0, 0, 10, 20, 30])
+    path = saved(tmp_path, "a.png", image, transparency=0)
+    expected = [[[255, 255, 255], [10, 20, 30]], [[10, 20, 30], [255, 255, 255]]]
+    assert np.asarray(datasets.open_image(path)).tolist() == expected
+
+
+def test_grey_images_of_8_and_16_bits_and_with_alpha_keep_their_brightness(tmp_path):
+    grey = np.array([[0, 60], [128, 255]], np.uint8)
+    wide = grey.astype(np.uint16) * 256 + 7
+    with_alpha = Image.merge("LA", (Image.fromarray(grey), Image.new("L", (2, 2), 255)))
+    for name, image in {"8": Image.fromarray(grey), "16": Image.fromarray(wide), "alpha": with_alpha}.items():
+        loaded = datasets.open_image(saved(tmp_path, f"{name}.png", image))
+        assert loaded.mode == "RGB"
+        assert np.array_equal(np.asarray(loaded), grey[..., None].repeat(3, 2)), name
+
+
+def test_pixels_that_cannot_be_brought_to_8_bits_are_refused(tmp_path):
+    path = saved(tmp_path, "a.tiff", Image.fromarray(np.full((2, 2), 0.5, np.float32)))
+    with pytest.raises(ValueError, match="type 'F', not of 8 or 16 bits"):
+        datasets.open_image(path)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (7, 300), (300, 7), (16, 16), (640, 480)])
+def test_images_of_any_size_become_squares(tmp_path, size):
+    path = saved(tmp_path, "a.png", Image.new("RGB", size, (255, 0, 51)))
+    batch = datasets.load_images((path, path), 16)
+    assert (batch.shape, batch.dtype) == ((2, 3, 16, 16), torch.float32)
+    expected = torch.tensor([1.0, -1.0, -0.6])[:, None, None]
+    assert torch.allclose(batch, expected.expand(2, 3, 16, 16), atol=1e-6)
+
+
+@pytest.mark.parametrize("upright", [False, True])
+def test_the_square_is_the_middle_of_the_image(tmp_path, upright):
+    stripes = np.zeros((30, 90, 3), np.uint8)
+    for third in range(3):
+        stripes[:, 30 * third : 30 * (third + 1), third] = 255  # red, green, blue
+    path = saved(tmp_path, "a.png", Image.fromarray(stripes.swapaxes(0, 1) if upright else stripes))
+    difference = (datasets.load_images((path,), 10) - torch.tensor([-1.0, 1.0, -1.0])[:, None, None]).abs()
+    assert difference[..., 2:-2, 2:-2].max() < 0.01
+    assert difference.max() < 0.2  # resampling looks a little beyond the edge
+
+
+def test_a_text_file_named_jpg_is_refused_by_name(picture_folder, tmp_path):
+    (tmp_path / "a.png").write_bytes((picture_folder / "0.png").read_bytes())
+    (tmp_path / "b.jpg").write_text("I am no image")
+    with pytest.raises(ValueError, match=r"b\.jpg is not an image that can be read .*: remove or replace it"):
+        datasets.load_item(str(tmp_path), "a dog")
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png", "webp"])
+def test_a_truncated_image_is_refused_by_name(tmp_path, suffix):
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8))
+    whole = saved(tmp_path, f"a.{suffix}", noise).read_bytes()
+    (tmp_path / f"a.{suffix}").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match=rf"a\.{suffix} is not an image that can be read"):
+        datasets.load_item(str(tmp_path), "a dog")
+
+
+def test_an_empty_folder_a_missing_one_and_a_missing_caption_are_refused(tmp_path, picture_folder):
+    with pytest.raises(ValueError, match=r"no images in .*it needs files ending in .*\.jpg"):
+        datasets.load_item(str(tmp_path), "a dog")
+    with pytest.raises(FileNotFoundError, match=r"nowhere.*neither a folder of images nor a shipped item"):
+        datasets.load_item(str(tmp_path / "nowhere"), "a dog")
+    with pytest.raises(FileNotFoundError, match="'style/nobody'"):
+        datasets.load_item("style/nobody")
+    with pytest.raises(ValueError, match="needs a caption"):
+        datasets.load_item(str(picture_folder))
+    with pytest.raises(FileNotFoundError, match=r"no file .*gone\.png"):
+        datasets.open_image(tmp_path / "gone.png")
+
+
+# pixels
+
+
+@given(pictures=hnp.arrays(np.uint8, hnp.array_shapes(min_dims=3, max_dims=3, max_side=6).map(lambda s: (*s, 3))))
+@settings(max_examples=50)
+def test_uint8_pictures_survive_the_round_trip(pictures):
+    images = datasets.from_uint8(pictures)
+    n, h, w, _ = pictures.shape
+    assert (images.shape, images.dtype) == ((n, 3, h, w), torch.float32)
+    assert np.allclose(images.numpy(), pictures.transpose(0, 3, 1, 2) / 255.0 * 2 - 1, atol=1e-6)
+    again = datasets.to_uint8(images)
+    assert again.dtype == np.uint8
+    assert np.array_equal(again, pictures)
+
+
+@given(value=st.floats(-3, 3, width=32))
+@settings(max_examples=50)
+def test_to_uint8_clips_and_rounds_to_the_nearest(value):
+    pixel = int(datasets.to_uint8(torch.full((1, 3, 1, 1), value))[0, 0, 0, 0])
+    assert abs(pixel - 255 * (min(max(value, -1), 1) + 1) / 2) <= 0.5 + 1e-4

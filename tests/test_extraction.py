@@ -1,0 +1,121 @@
+"""Extraction end to end on the shipped mini models, with few steps, and its parts against independent computations."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from fx import results
+from fx.datasets import from_uint8, load_images, load_item
+from fx.extraction import Extract, method_pictures, three_arms
+from fx.finetune import FineTune
+from fx.sampling import Generate
+from fx.similarity import MiniSSCD, copy_thresholds, load_descriptor
+
+TUNED = FineTune("object/candle", learning_rate=2.0e-5, steps_per_image=1)
+
+
+@pytest.fixture
+def runs(tmp_path, monkeypatch):
+    monkeypatch.setattr(results, "RUNS", tmp_path / "runs")
+
+
+def specs(**options) -> list[Extract]:
+    return three_arms(TUNED, images_per_training=2, cfg_scale=3.0, finextract_scale=2.0, correction_scale=-0.02, **options)
+
+
+def test_three_arms_share_everything_but_the_guidance():
+    direct, cfg, finextract = specs(seed=5)
+    assert [s.generate.arm for s in (direct, cfg, finextract)] == ["direct", "cfg", "finextract"]
+    assert [s.generate.guidance_scale for s in (direct, cfg, finextract)] == [1.0, 3.0, 2.0]
+    assert [s.generate.correction_scale for s in (direct, cfg, finextract)] == [0.0, 0.0, -0.02]
+    assert {(s.generate.finetune, s.generate.images_per_training, s.generate.seed) for s in (direct, cfg, finextract)} == {
+        (TUNED, 2, 5)
+    }
+    assert {(s.loose, s.strict) for s in (direct, cfg, finextract)} == {copy_thresholds("mini-sscd")}
+
+
+def place_images(spec: Generate, images: np.ndarray, monkeypatch):
+    """Let `images` be what `spec` generated."""
+
+    def perform(asked, folder):
+        assert asked == spec
+        np.save(folder / "images.npy", images)
+
+    monkeypatch.setitem(results.perform.registry, Generate, perform)
+    results.perform._clear_cache()
+
+
+def test_generated_copies_of_the_training_images_are_all_extracted(runs, monkeypatch):
+    item = load_item(TUNED.item)
+    training = load_images(item.training, 64)
+    rng = np.random.default_rng(0)
+    pixels = ((training.permute(0, 2, 3, 1).numpy() + 1) * 127.5).round()
+    copies = np.concatenate([pixels] * 5) + rng.normal(0, 4, (5 * len(pixels), 64, 64, 3))
+    generate = Generate(TUNED, images_per_training=5, steps=2)
+    place_images(generate, copies.clip(0, 255).astype(np.uint8), monkeypatch)
+    spec = Extract(generate, strict=0.8, loose=0.7, rule="tightest")
+    folder = results.complete(spec)
+    matches = json.loads((folder / "matches.json").read_text())
+    # images i, i + n0, i + 2 n0, ... are copies of training image i
+    assert [match % item.n_training for match in matches["match"]] == list(range(item.n_training))
+    scores = json.loads((folder / "scores.json").read_text())
+    assert scores["A-ESR_strict"] == scores["A-ESR_loose"] == 1.0
+    assert scores["n_extracted"] == scores["n_training"] == item.n_training
+    assert scores["n_generated"] == len(copies)
+
+
+def test_scores_equal_a_computation_by_hand(runs, monkeypatch):
+    images = np.random.default_rng(1).integers(0, 256, (12, 64, 64, 3)).astype(np.uint8)
+    generate = Generate(TUNED, images_per_training=3, steps=2)
+    place_images(generate, images, monkeypatch)
+    folder = results.complete(spec := Extract(generate, strict=0.3, loose=0.1))
+    scores = json.loads((folder / "scores.json").read_text())
+    matches = json.loads((folder / "matches.json").read_text())
+    network = load_descriptor("mini-sscd")
+    with torch.no_grad():
+        found = network(from_uint8(images))
+        wanted = network(load_images(load_item(TUNED.item).training, 64))
+    best = (wanted @ found[matches["centres"]].T).clamp(0, 1).max(dim=1).values
+    assert scores["AS"] == pytest.approx(best.mean().item(), abs=1e-5)
+    assert scores["A-ESR_strict"] == pytest.approx((best > spec.strict).float().mean().item())
+    assert scores["A-ESR_loose"] == pytest.approx((best > spec.loose).float().mean().item())
+    assert scores["AS_all"] == pytest.approx((wanted @ found.T).clamp(0, 1).max(dim=1).values.mean().item(), abs=1e-5)
+    assert scores["AS_all"] >= scores["AS"]
+    assert len(matches["centres"]) == scores["n_extracted"]
+
+
+def test_another_descriptor_is_another_step(runs, tmp_path):
+    MiniSSCD().save_pretrained(tmp_path / "mine")
+    generate = Generate(TUNED, images_per_training=2, steps=2)
+    ours = Extract(generate, strict=0.5, loose=0.4)
+    assert results.digest(ours) != results.digest(Extract(generate, 0.5, 0.4, descriptor=str(tmp_path / "mine")))
+    before = results.digest(theirs := Extract(generate, 0.5, 0.4, descriptor=str(tmp_path / "mine")))
+    MiniSSCD(dimension=32).save_pretrained(tmp_path / "mine")
+    assert results.digest(theirs) != before
+
+
+def test_the_whole_chain_twice_gives_identical_rows(runs, tmp_path, monkeypatch):
+    asked = [
+        Extract(Generate(TUNED, s.generate.arm, s.generate.guidance_scale, s.generate.correction_scale, 2, 2), 0.5, 0.4)
+        for s in specs()
+    ]
+    first = results.run(asked)
+    monkeypatch.setattr(results, "RUNS", tmp_path / "again")
+    second = results.run(asked)
+    assert first.equals(second)
+    assert list(first.arm) == ["direct", "cfg", "finextract"]
+    pictures = method_pictures(asked[-1])
+    assert {name: picture.shape for name, picture in pictures.items()} == dict.fromkeys(
+        ("base", "tuned", "generated", "clique", "extracted"), (4, 64, 64, 3)
+    )
+    generated = np.load(results.folder(asked[-1].generate) / "images.npy")
+    assert (pictures["generated"] == generated[:4]).all()
+
+
+def test_a_caption_too_long_stops_everything_before_training(runs):
+    long = FineTune("object/candle", caption="candle " * 80, learning_rate=1.0e-5)
+    with pytest.raises(ValueError, match="tokens"):
+        results.run([*specs(), *three_arms(long, 2, 3.0, 3.0, 0.0)])
+    assert not list(results.RUNS.rglob("losses.npy"))

@@ -1,0 +1,330 @@
+"""Fine-tuning against plain torch, its promises about seeds, kills and steps, and what it leaves on disk."""
+
+import copy
+import json
+import shutil
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from torch.func import functional_call
+
+from fx import finetune, results
+from fx.datasets import load_images, load_item
+from fx.finetune import FineTune
+from fx.models import LORA_FILE, encode_caption, load_pair
+
+WEIGHTS = {"dreambooth": "unet/diffusion_pytorch_model.safetensors", "lora": LORA_FILE}
+PROJECTIONS = ("to_q", "to_k", "to_v", "to_out.0")
+T = 1000
+
+
+@pytest.fixture
+def spec(tiny_sd, picture_folder):
+    """A function that gives the spec of a method on the four pictures; options replace its fields."""
+
+    def make(method: str, /, **options) -> FineTune:
+        fields = {"base": str(tiny_sd), "method": method, "learning_rate": 1e-3, "seed": 5}
+        sizes = {"steps_per_image": 3, "batch_size": 2} | ({"rank": 2, "alpha": 6} if method == "lora" else {})
+        return FineTune(str(picture_folder), "a dog", **(fields | sizes | options))
+
+    return make
+
+
+@pytest.fixture
+def pictures(picture_folder) -> torch.Tensor:
+    """The four pictures, float32 [4, 3, 16, 16] in [-1, 1]."""
+    return load_images(load_item(str(picture_folder), "a dog").training, 16)
+
+
+@pytest.fixture
+def fresh(tiny_pipeline):
+    """A function that gives a pipeline with a U-Net of its own, as if loaded anew."""
+
+    def make():
+        pipeline = copy.copy(tiny_pipeline)
+        pipeline.unet = copy.deepcopy(tiny_pipeline.unet)
+        return pipeline
+
+    return make
+
+
+@pytest.fixture
+def trained(fresh, pictures, tmp_path):
+    """A function that trains a fresh pipeline by a spec and gives its U-Net's weights and its losses."""
+
+    def run(spec: FineTune, images: torch.Tensor = pictures, scratch: str = "scratch"):
+        pipeline, folder = fresh(), tmp_path / scratch
+        folder.mkdir(exist_ok=True)
+        losses = finetune.train(pipeline, images, encode_caption(pipeline, spec.caption), spec, folder)
+        return pipeline.unet.state_dict(), losses
+
+    return run
+
+
+def equal(first: dict, second: dict) -> bool:
+    """Whether two state dicts are the same bit for bit."""
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+# the independent twin: the loss written out, gradients by autograd, clipping and AdamW by hand
+
+
+def twin_noise_prediction(unet, values: dict, alpha: float, *arguments) -> torch.Tensor:
+    """The U-Net with some weights replaced: "x.weight" itself, or ("x", down, up) as W + alpha / rank * up @ down."""
+    weights = {name: value for name, value in values.items() if isinstance(name, str)}
+    for name, _ in (key for key in values if isinstance(key, tuple) and key[1] == "down"):
+        down, up = values[name, "down"], values[name, "up"]
+        weights[f"{name}.weight"] = unet.get_parameter(f"{name}.weight") + alpha / len(down) * up @ down
+    return functional_call(unet, weights, arguments).sample
+
+
+def twin_loss(pipeline, values: dict, pictures, text, spec: FineTune, step: int) -> torch.Tensor:
+    """The mean squared error of one step in terms of `values`, the draws in the order that `train` documents."""
+    torch.manual_seed(spec.seed * 1_000_003 + step)
+    chosen = torch.randint(len(pictures), (spec.batch_size,))
+    with torch.no_grad():
+        moments = pipeline.vae.quant_conv(pipeline.vae.encoder(pictures))[chosen]
+    mean, log_variance = moments.chunk(2, dim=1)
+    x0 = (mean + torch.exp(log_variance / 2) * torch.randn(mean.shape)) * pipeline.vae.config.scaling_factor
+    t = torch.randint(T, (spec.batch_size,))
+    eps = torch.randn(x0.shape)
+    kept = np.cumprod(1 - np.linspace(0.00085**0.5, 0.012**0.5, T) ** 2)[t.numpy()]  # alpha-bar
+    kept = torch.tensor(kept, dtype=torch.float32)[:, None, None, None]
+    x_t = kept.sqrt() * x0 + (1 - kept).sqrt() * eps
+    predicted = twin_noise_prediction(pipeline.unet, values, spec.alpha, x_t, t, text.repeat(len(t), 1, 1))
+    return ((predicted - eps) ** 2).mean()
+
+
+def twin_training(pipeline, values: dict, pictures, text, spec: FineTune, steps: int) -> list[float]:
+    """Update `values` by AdamW (0.9, 0.999, 1e-8, decay 0.01) on gradients clipped to norm 1; the losses."""
+    first, second = ({name: torch.zeros_like(value) for name, value in values.items()} for _ in range(2))
+    losses, rate = [], spec.learning_rate
+    for step in range(steps):
+        asked = {name: value.requires_grad_() for name, value in values.items()}
+        loss = twin_loss(pipeline, asked, pictures, text, spec, step)
+        gradients = dict(zip(asked, torch.autograd.grad(loss, list(asked.values())), strict=True))
+        norm = torch.sqrt(sum((gradient**2).sum() for gradient in gradients.values()))
+        for name, gradient in gradients.items():
+            gradient = gradient * min(1.0, 1.0 / (norm + 1e-6))
+            first[name] = 0.9 * first[name] + 0.1 * gradient
+            second[name] = 0.999 * second[name] + 0.001 * gradient**2
+            mean, square = first[name] / (1 - 0.9 ** (step + 1)), second[name] / (1 - 0.999 ** (step + 1))
+            values[name] = values[name].detach() * (1 - rate * 0.01) - rate * mean / (square.sqrt() + 1e-8)
+        losses.append(loss.item())
+    return losses
+
+
+def test_dreambooth_is_adamw_on_every_weight(spec, fresh, pictures, trained):
+    asked = spec("dreambooth", steps_per_image=1)  # two steps of two images
+    pipeline = fresh()
+    values = {name: value.detach().clone() for name, value in pipeline.unet.named_parameters()}
+    losses = twin_training(pipeline, values, pictures, encode_caption(pipeline, "a dog"), asked, steps=2)
+    weights, found = trained(asked)
+    assert np.allclose(found, losses, rtol=1e-4)
+    assert weights.keys() == values.keys()
+    for name, value in values.items():
+        assert torch.allclose(weights[name], value, rtol=0, atol=2e-5), name
+        assert not torch.equal(weights[name], pipeline.unet.state_dict()[name]), name
+
+
+def test_lora_is_adamw_on_a_low_rank_addition_and_leaves_the_base_weights_alone(spec, fresh, pictures, trained):
+    asked = spec("lora", steps_per_image=1, batch_size=1, learning_rate=1e-2)  # four steps of one image
+    pipeline, adapted = fresh(), fresh()
+    finetune.trained_parameters(adapted, asked)
+    start = {name: value for name, value in adapted.unet.state_dict().items() if "lora" in name}
+    targets = [name for name, _ in pipeline.unet.named_modules() if name.endswith(PROJECTIONS)]
+    parts = {"down": "lora_A.default.weight", "up": "lora_B.default.weight"}
+    values = {(name, part): start[f"{name}.{key}"].clone() for name in targets for part, key in parts.items()}
+    assert len(values) == len(start)
+    losses = twin_training(pipeline, values, pictures, encode_caption(pipeline, "a dog"), asked, steps=4)
+    weights, found = trained(asked)
+    assert np.allclose(found, losses, rtol=1e-4)
+    for (name, part), value in values.items():
+        initial, found = start[key := f"{name}.{parts[part]}"], weights[key]
+        assert (found - value).norm() < 0.01 * (value - initial).norm(), key
+    unadapted = {name.replace(".base_layer", ""): value for name, value in weights.items() if "lora" not in name}
+    assert equal(unadapted, pipeline.unet.state_dict())
+
+
+def test_a_fresh_adapter_changes_nothing_and_is_fixed_by_the_seed(spec, fresh):
+    adapters = []
+    for seed in (1, 1, 2):
+        pipeline = fresh()
+        parameters = finetune.trained_parameters(pipeline, spec("lora", rank=4, seed=seed))
+        down = torch.cat([p.flatten() for p in parameters[0::2]])
+        up = torch.cat([p.flatten() for p in parameters[1::2]])
+        assert torch.count_nonzero(up) == 0
+        assert abs(down.std().item() - 1 / 4) < 0.02  # "gaussian": standard deviation 1 / rank
+        adapters.append(down)
+    assert torch.equal(adapters[0], adapters[1])
+    assert not torch.equal(adapters[0], adapters[2])
+
+
+# promises
+
+
+@pytest.mark.parametrize(
+    ("method", "saved", "killed"), [("dreambooth", (2,), 4), ("lora", (2,), 4), ("lora", (3,), 3), ("lora", (), 2)]
+)
+def test_killed_and_run_again_the_result_is_the_same_bit_for_bit(spec, trained, monkeypatch, method, saved, killed):
+    asked = spec(method)  # six steps
+    weights, losses = trained(asked, scratch="uninterrupted")
+    real, save, starts = finetune.tqdm, finetune._save, []
+
+    def until_killed(steps, *_, **__):
+        starts.append(steps.start)
+        for step in steps:
+            if step == killed:
+                raise KeyboardInterrupt
+            yield step
+
+    def at_times(*arguments):
+        if arguments[-1] in saved:
+            save(*arguments)
+
+    monkeypatch.setattr(finetune, "SAVE_EVERY", -1.0)
+    monkeypatch.setattr(finetune, "_save", at_times)
+    monkeypatch.setattr(finetune, "tqdm", until_killed)
+    with pytest.raises(KeyboardInterrupt):
+        trained(asked)
+    monkeypatch.setattr(finetune, "tqdm", lambda steps, *a, **k: starts.append(steps.start) or real(steps, *a, **k))
+    again, losses_again = trained(asked)
+    assert starts == [0, saved[0] if saved else 0]
+    assert np.array_equal(losses_again, losses)
+    assert equal(again, weights)
+
+
+@pytest.mark.parametrize("method", finetune.METHODS)
+def test_a_spec_fixes_the_weights_and_another_seed_gives_others(spec, tmp_path, monkeypatch, method):
+    hashes = []
+    for place, seed in (("a", 5), ("b", 5), ("c", 6)):
+        monkeypatch.setattr(results, "RUNS", tmp_path / place)
+        torch.manual_seed(len(hashes))  # what went before must not matter
+        folder = results.complete(spec(method, steps_per_image=1, seed=seed))
+        hashes.append(results.sha256_of(folder / WEIGHTS[method]))
+    assert hashes[0] == hashes[1] != hashes[2]
+
+
+@pytest.mark.parametrize(("n", "steps_per_image", "batch_size", "expected"), [(4, 1, 4, 1), (4, 2, 3, 3), (1, 5, 2, 3)])
+def test_steps_are_images_times_steps_per_image_in_batches(
+    spec, trained, pictures, n, steps_per_image, batch_size, expected
+):
+    asked = spec("lora", steps_per_image=steps_per_image, batch_size=batch_size)
+    _, losses = trained(asked, pictures[:n])
+    assert (losses.shape, losses.dtype) == ((expected,), np.float32)
+    assert (losses > 0).all()
+
+
+def test_the_loss_goes_down_on_one_image(spec, trained, pictures):
+    asked = spec("dreambooth", steps_per_image=240, batch_size=4, learning_rate=5e-3)
+    _, losses = trained(asked, pictures[:1])
+    assert losses[-15:].mean() < 0.6 * losses[:5].mean()
+
+
+def test_the_transform_is_applied_to_the_drawn_images(spec, trained, pictures, monkeypatch):
+    seen = []
+
+    def recorded(images):
+        seen.append(images)
+        return images
+
+    monkeypatch.setitem(finetune.TRANSFORMS, "recorded", recorded)
+    monkeypatch.setitem(finetune.TRANSFORMS, "grey", torch.zeros_like)
+    plain, recorded, grey = (
+        trained(spec("dreambooth", transform=name), scratch=name)[0] for name in ("none", "recorded", "grey")
+    )
+    assert len(seen) == 6
+    for step, images in enumerate(seen):
+        torch.manual_seed(5 * 1_000_003 + step)
+        assert torch.equal(images, pictures[torch.randint(4, (2,))])
+    # a transform that does nothing and draws nothing is the same as none, but for rounding in the encoder
+    assert all(torch.allclose(recorded[name], plain[name], atol=1e-4) for name in plain)
+    assert not all(torch.allclose(grey[name], plain[name], atol=1e-4) for name in plain)
+
+
+@pytest.mark.parametrize("transform", ["cutout", "randaugment"])
+def test_defenses_train_and_are_fixed_by_the_seed(spec, trained, transform):
+    asked = spec("lora", transform=transform, steps_per_image=1)
+    first, second = (trained(asked, scratch=name)[0] for name in "ab")
+    assert equal(first, second)
+    assert not equal(first, trained(spec("lora", steps_per_image=1), scratch="c")[0])
+
+
+# the step of the runner
+
+
+@pytest.mark.parametrize("method", finetune.METHODS)
+def test_the_saved_model_predicts_what_was_trained(spec, runs, trained, tiny_sd, method):
+    """The LoRA has alpha 6 at rank 2: loaded with any other alpha it would predict something else."""
+    asked = spec(method, learning_rate=2e-2)
+    folder = results.complete(asked)
+    weights, losses = trained(asked)
+    assert np.array_equal(np.load(folder / "losses.npy"), losses)
+    assert json.loads((folder / "item.json").read_text()) == {"caption": "a dog", "n_training": 4}
+    assert not (runs / "scratch" / folder.name).exists()
+    pair = load_pair(str(tiny_sd), folder)
+    unet = copy.deepcopy(pair.base_unet or pair.pipeline.unet)
+    unet.load_state_dict(weights)
+    x, t, text = torch.randn(2, 4, 4, 4), torch.tensor(300), encode_caption(pair.pipeline, "a dog")
+    with torch.no_grad():
+        found, base = pair.tuned(x, t, text), pair.base(x, t, text)
+        assert torch.allclose(found, unet(x, t, text.repeat(2, 1, 1)).sample, atol=1e-5)
+    assert (found - base).abs().max() > 1e-2
+
+
+def test_the_digest_follows_images_caption_and_base_model(spec, picture_folder, tiny_sd, tmp_path):
+    images, base = tmp_path / "images", tmp_path / "base"
+    shutil.copytree(picture_folder, images)
+    shutil.copytree(tiny_sd, base)
+
+    def asked(**options) -> str:
+        return results.digest(replace(spec("dreambooth"), item=str(images), base=str(base), **options))
+
+    digests = [asked(), asked(caption="a cat"), asked(seed=6)]
+    with Image.open(images / "2.png") as image:
+        image.rotate(180).save(images / "2.png")
+    digests.append(asked())
+    (images / "3.png").unlink()
+    digests.append(asked())
+    weights = base / WEIGHTS["dreambooth"]
+    assert load_file(weights)
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\x01")
+    digests.append(asked())
+    assert len(set(digests)) == len(digests)
+    assert digests[-1] == asked()
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "message"),
+    [
+        ("dreambooth", {"method": "full"}, "unknown method 'full': choose from dreambooth, lora"),
+        ("dreambooth", {"rank": 2}, "rank 2 and alpha 0: LoRA needs both above 0, DreamBooth both 0"),
+        ("dreambooth", {"alpha": 2}, "rank 0 and alpha 2"),
+        ("lora", {"rank": 0}, "rank 0 and alpha 6"),
+        ("lora", {"alpha": 0}, "rank 2 and alpha 0"),
+        ("lora", {"rank": -1}, "rank -1 and alpha 6"),
+        ("lora", {"transform": "blur"}, "unknown transform 'blur': choose from none, cutout, randaugment"),
+        ("lora", {"steps_per_image": 0}, "steps_per_image 0 and batch_size 2 must be at least 1"),
+        ("lora", {"batch_size": 0}, "batch_size 0 must be at least 1"),
+        ("lora", {"learning_rate": 0.0}, "learning_rate 0.0 between 0 and 1"),
+        ("lora", {"learning_rate": 1.0}, "learning_rate 1.0 between 0 and 1"),
+        ("lora", {"learning_rate": float("nan")}, "learning_rate nan between 0 and 1"),
+    ],
+)
+def test_impossible_specs_are_refused(spec, method, options, message):
+    with pytest.raises(ValueError, match=message):
+        spec(method, **options)
+
+
+def test_a_wrong_item_or_caption_is_refused_before_any_training(spec, runs, tmp_path, monkeypatch):
+    monkeypatch.setattr(finetune, "train", lambda *_: pytest.fail("training began"))
+    with pytest.raises(FileNotFoundError, match="neither a folder of images nor a shipped item"):
+        results.complete(replace(spec("lora"), item=str(tmp_path / "nowhere")))
+    with pytest.raises(FileNotFoundError, match="unknown model 'no-sd'"):
+        results.complete(spec("lora", base="no-sd"))
+    with pytest.raises(ValueError, match="has 32 tokens, the text encoder reads at most 16"):
+        results.complete(replace(spec("lora"), caption="dog " * 30))

@@ -1,0 +1,152 @@
+"""Metrics against closed forms, exhaustive resampling and scipy's bootstrap."""
+
+import itertools
+
+import numpy as np
+import pytest
+import scipy.stats
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fx.metrics import (
+    average_similarity,
+    best_match,
+    bootstrap_interval,
+    copy_threshold,
+    extraction_success_rate,
+    paired_interval,
+)
+
+
+def at_angles(*degrees):
+    """Unit vectors in the plane, so that cosines are known."""
+    radians = np.radians(degrees)
+    return np.stack([np.cos(radians), np.sin(radians)], axis=1)
+
+
+def test_best_match_is_the_cosine_of_the_smallest_angle():
+    found = best_match(at_angles(0, 90, 200), at_angles(60, 350))
+    assert found == pytest.approx(np.cos(np.radians([10, 30, 140])))
+
+
+def test_best_match_ignores_lengths_and_never_leaves_the_range_of_a_cosine():
+    rng = np.random.default_rng(0)
+    rows = rng.standard_normal((50, 7))
+    scaled = rows * rng.uniform(0.1, 1e3, (50, 1))
+    found = best_match(rows, scaled)
+    assert found == pytest.approx(np.ones(50))
+    assert found.max() <= 1
+
+
+@given(st.integers(1, 6), st.integers(1, 6), st.integers(0, 100))
+@settings(max_examples=40, deadline=None)
+def test_best_match_equals_a_plain_loop_in_any_order(m, k, seed):
+    rng = np.random.default_rng(seed)
+    training, extracted = rng.standard_normal((m, 5)), rng.standard_normal((k, 5))
+    expected = [max(t @ e / np.sqrt((t @ t) * (e @ e)) for e in extracted) for t in training]
+    assert best_match(training, extracted) == pytest.approx(expected)
+    assert best_match(training, extracted[rng.permutation(k)]) == pytest.approx(expected)
+    more = np.concatenate([extracted, rng.standard_normal((1, 5))])
+    assert (best_match(training, more) >= best_match(training, extracted) - 1e-12).all()
+
+
+def test_average_similarity_counts_negative_best_matches_as_zero():
+    training, extracted = at_angles(0, 60, 180), at_angles(0, 30)
+    assert average_similarity(training, extracted) == pytest.approx((1 + np.cos(np.radians(30)) + 0) / 3)
+    assert average_similarity(training, training) == pytest.approx(1)
+
+
+def test_success_rate_is_strict_and_averages_over_training_images():
+    training = np.array([[1.0, 0, 0], [0.6, 0.8, 0], [0, 0, 1]])
+    extracted = np.array([[1.0, 0, 0]])
+    match = best_match(training, extracted)
+    assert match == pytest.approx([1, 0.6, 0])
+    assert extraction_success_rate(training, extracted, match[1]) == pytest.approx(1 / 3)
+    assert extraction_success_rate(training, extracted, 0.59) == pytest.approx(2 / 3)
+    assert extraction_success_rate(training, np.tile(extracted, (4, 1)), 0.59) == pytest.approx(2 / 3)
+
+
+@pytest.mark.parametrize("level", [0.5, 0.9, 0.95])
+def test_interval_equals_the_quantiles_of_all_resamples(level):
+    values = np.array([0.1, 0.35, 0.4, 0.9, 0.62])
+    means = [np.mean(draw) for draw in itertools.product(values, repeat=5)]
+    expected = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
+    assert bootstrap_interval(values, level, draws=100_000) == pytest.approx(expected, abs=0.01)
+
+
+def test_interval_agrees_with_scipy():
+    values = np.random.default_rng(3).gamma(2, size=25)
+    twin = scipy.stats.bootstrap(
+        (values,), np.mean, n_resamples=50_000, method="percentile", rng=np.random.default_rng(4)
+    ).confidence_interval
+    assert bootstrap_interval(values, draws=50_000) == pytest.approx((twin.low, twin.high), abs=0.02)
+
+
+def test_interval_follows_shift_and_scale_and_its_seed():
+    values = np.random.default_rng(5).random(12)
+    low, high = bootstrap_interval(values)
+    assert low < values.mean() < high
+    assert bootstrap_interval(values) == (low, high)
+    assert bootstrap_interval(values, seed=1) != (low, high)
+    assert bootstrap_interval(3 * values - 1) == pytest.approx((3 * low - 1, 3 * high - 1))
+    assert bootstrap_interval(np.full(4, 0.25)) == (0.25, 0.25)
+
+
+def test_interval_covers_the_true_mean_about_as_often_as_it_says():
+    rng = np.random.default_rng(6)
+    hits = 0
+    for _ in range(300):
+        low, high = bootstrap_interval(rng.standard_normal(30), 0.9, draws=400)
+        hits += low <= 0 <= high
+    assert 0.83 < hits / 300 < 0.95
+
+
+def test_interval_of_a_single_item_is_unknown():
+    assert np.isnan(bootstrap_interval([0.5])).all()
+
+
+def test_paired_interval_is_that_of_the_differences():
+    rng = np.random.default_rng(7)
+    item = rng.normal(0, 10, 20)
+    a, b = item + 1 + rng.normal(0, 0.1, 20), item
+    low, high = paired_interval(a, b)
+    assert (low, high) == bootstrap_interval(a - b)
+    assert 0.8 < low < 1 < high < 1.2  # the large spread between items cancels
+    assert paired_interval(b, a) == pytest.approx((-high, -low), abs=0.01)
+
+
+def test_copy_threshold_is_exceeded_at_the_given_rate():
+    negatives = np.random.default_rng(8).permutation(np.arange(1000) / 1000)
+    assert copy_threshold(negatives, 0.01) == 0.989
+    assert copy_threshold(negatives, 0.25) == 0.749
+    assert copy_threshold(negatives.reshape(10, 100), 0.01) == 0.989
+
+
+@given(st.lists(st.integers(0, 5), min_size=10, max_size=60), st.sampled_from([0.1, 0.2, 0.3, 0.7]))
+def test_copy_threshold_is_the_lowest_that_keeps_the_rate_even_with_ties(negatives, rate):
+    negatives = np.array(negatives)
+    threshold = copy_threshold(negatives, rate)
+    assert (negatives > threshold).mean() <= rate + 1e-12
+    lower = negatives[negatives < threshold]
+    assert lower.size == 0 or (negatives > lower.max()).mean() > rate - 1e-12
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: best_match(np.ones((2, 3)), np.ones((2, 4))), "3 dimensions, extracted ones 4"),
+        (lambda: best_match(np.ones((2, 3)), np.empty((0, 3))), r"extracted descriptors must be \[n, d\]"),
+        (lambda: best_match(np.ones(3), np.ones((1, 3))), "training descriptors must be"),
+        (lambda: best_match(np.ones((2, 3)), np.array([[1, 0, 0], [0, 0, 0]])), "extracted descriptor 1 is all zero"),
+        (lambda: average_similarity(np.array([[1, np.nan]]), np.ones((1, 2))), "training descriptor 0"),
+        (lambda: bootstrap_interval([]), "non-empty"),
+        (lambda: bootstrap_interval([0.1, np.nan]), "finite"),
+        (lambda: bootstrap_interval([0.1, 0.2], level=95), "it is 95"),
+        (lambda: paired_interval([1, 2], [1, 2, 3]), r"not \(2,\) and \(3,\)"),
+        (lambda: copy_threshold(np.zeros(50), 0.01), "at least 100 .* there are 50 of 50"),
+        (lambda: copy_threshold(np.zeros(50), 1.5), "it is 1.5"),
+    ],
+)
+def test_wrong_input_is_refused_with_the_reason(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()

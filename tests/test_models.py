@@ -1,0 +1,200 @@
+"""Model pairs: what is loaded, what is refused, and that theta stays theta beside a LoRA."""
+
+import copy
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import DDIMScheduler, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from safetensors.torch import load_file, save_file
+
+from fx import models
+
+RANK = 2
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+
+
+@pytest.fixture(scope="module")
+def tuned_folder(tiny_sd, tmp_path_factory) -> Path:
+    """A folder whose unet/ has other random weights than the base model's."""
+    folder = tmp_path_factory.mktemp("tuned")
+    unet = UNet2DConditionModel.from_pretrained(tiny_sd / "unet")
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in unet.parameters():
+            parameter += 0.02 * torch.randn(parameter.shape, generator=generator)
+    unet.save_pretrained(folder / "unet")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def lora_folder(tiny_pipeline, tmp_path_factory) -> Path:
+    """A folder with a LoRA of rank 2 on every query and value projection, written without diffusers or peft."""
+    generator, tensors = torch.Generator().manual_seed(2), {}
+    for name, module in tiny_pipeline.unet.named_modules():
+        if name.endswith(("to_q", "to_v")):
+            down, up = (RANK, module.in_features), (module.out_features, RANK)
+            tensors[f"unet.{name}.lora_A.weight"] = torch.randn(down, generator=generator)
+            tensors[f"unet.{name}.lora_B.weight"] = torch.randn(up, generator=generator)
+    folder = tmp_path_factory.mktemp("lora")
+    save_file(tensors, folder / models.LORA_FILE)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def lora_pair(tiny_sd, lora_folder) -> models.ModelPair:
+    return models.load_pair(str(tiny_sd), lora_folder)
+
+
+@pytest.fixture(scope="module")
+def asked(tiny_pipeline) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Three latents, a timestep and an encoded caption."""
+    x = torch.randn(3, 4, 4, 4, generator=torch.Generator().manual_seed(3))
+    return x, torch.tensor(500), models.encode_caption(tiny_pipeline, "a dog")
+
+
+def plain(unet, asked) -> torch.Tensor:
+    """The noise prediction of diffusers' U-Net itself."""
+    x, t, text = asked
+    with torch.no_grad():
+        return unet(x, t, text.repeat(len(x), 1, 1)).sample
+
+
+# loading
+
+
+def test_an_unknown_model_is_refused_with_the_shipped_ones(tmp_path, monkeypatch):
+    monkeypatch.setattr(models, "MODELS", tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"'nothing': .*shipped models: none"):
+        models.model_folder("nothing")
+    for name in ("b-sd", "a-sd"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model_index.json").write_text("{}")
+    (tmp_path / "mini-vae").mkdir()
+    with pytest.raises(FileNotFoundError, match=r"'mini-vae': .*shipped models: a-sd, b-sd$"):
+        models.model_folder("mini-vae")
+    assert models.model_folder("a-sd") == tmp_path / "a-sd"
+
+
+def test_a_pipeline_is_float32_frozen_and_has_the_ddim_scheduler(tiny_sd, tmp_path):
+    saved = StableDiffusionPipeline.from_pretrained(tiny_sd)
+    settings = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "skip_prk_steps": True}
+    saved.scheduler = PNDMScheduler(**settings, steps_offset=1)
+    saved.to(torch.float16).save_pretrained(tmp_path)
+    pipeline = models.load_pipeline(str(tmp_path))
+    assert type(pipeline.scheduler) is DDIMScheduler
+    assert pipeline.scheduler.config.beta_end == 0.012
+    for part in (pipeline.vae, pipeline.text_encoder, pipeline.unet):
+        assert not part.training
+        for parameter in part.parameters():
+            assert (parameter.dtype, parameter.requires_grad) == (torch.float32, False)
+    stored = load_file(tmp_path / "unet" / WEIGHTS)
+    assert torch.equal(pipeline.unet.conv_in.weight, stored["conv_in.weight"].float())
+
+
+@pytest.mark.parametrize(
+    ("part", "name"),
+    [
+        ("unet", "diffusion_pytorch_model.bin"),
+        ("vae", "diffusion_pytorch_model.bin"),
+        ("text_encoder", "pytorch_model.bin"),
+    ],
+)
+def test_a_pipeline_with_a_part_as_pickle_only_is_refused(tiny_sd, tmp_path, part, name):
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_sd, folder)
+    weights = next((folder / part).glob("*.safetensors"))
+    torch.save(load_file(weights), folder / part / name)
+    models.load_pipeline(str(folder))  # beside safetensors it is not read and does no harm
+    weights.unlink()
+    with pytest.raises(ValueError, match=rf"{part}/{name} is a pickle.*only safetensors"):
+        models.load_pipeline(str(folder))
+
+
+def test_a_fine_tuned_model_with_a_pickle_is_refused(tiny_sd, tuned_folder, lora_folder, tmp_path):
+    shutil.copytree(tuned_folder, tmp_path / "a")
+    weights = tmp_path / "a/unet" / WEIGHTS
+    torch.save(load_file(weights), weights.with_suffix(".bin"))
+    weights.unlink()
+    (tmp_path / "b").mkdir()
+    torch.save(load_file(lora_folder / models.LORA_FILE), tmp_path / "b/pytorch_lora_weights.bin")
+    for folder in ("a", "b"):
+        with pytest.raises(ValueError, match=r"\.bin is a pickle"):
+            models.load_pair(str(tiny_sd), tmp_path / folder)
+
+
+# captions
+
+
+@pytest.mark.parametrize("caption", ["", "a dog", "a dog a dog a"])
+def test_captions_are_encoded_as_the_pipeline_does(tiny_pipeline, caption):
+    expected, empty = tiny_pipeline.encode_prompt(caption, tiny_pipeline.device, 1, True)
+    assert expected.shape == (1, 16, 32)
+    assert torch.allclose(models.encode_caption(tiny_pipeline, caption), expected, atol=1e-6)
+    assert torch.allclose(models.encode_caption(tiny_pipeline, ""), empty, atol=1e-6)
+
+
+def test_a_caption_of_all_tokens_fits_and_one_more_is_refused_with_both_counts(tiny_pipeline):
+    assert models.encode_caption(tiny_pipeline, "dog " * 14).shape == (1, 16, 32)  # start, 14 words, end
+    with pytest.raises(ValueError, match="has 17 tokens, the text encoder reads at most 16"):
+        models.encode_caption(tiny_pipeline, "dog " * 15)
+
+
+# pairs
+
+
+def test_a_pair_with_a_unet_folder_has_both_unets(tiny_sd, tiny_pipeline, tuned_folder, asked):
+    pair = models.load_pair(str(tiny_sd), tuned_folder)
+    tuned = UNet2DConditionModel.from_pretrained(tuned_folder / "unet")
+    with torch.no_grad():
+        assert torch.allclose(pair.base(*asked), plain(tiny_pipeline.unet, asked), atol=1e-6)
+        assert torch.allclose(pair.tuned(*asked), plain(tuned, asked), atol=1e-6)
+        assert (pair.tuned(*asked) - pair.base(*asked)).abs().max() > 1e-2
+    assert not any(p.requires_grad for unet in (pair.base_unet, pair.pipeline.unet) for p in unet.parameters())
+
+
+def test_theta_of_a_lora_pair_is_the_untouched_unet(lora_pair, tiny_pipeline, asked):
+    with torch.no_grad():
+        for _ in range(2):  # switching back and forth leaves no trace
+            assert torch.equal(lora_pair.base(*asked), plain(tiny_pipeline.unet, asked))
+            assert (lora_pair.tuned(*asked) - plain(tiny_pipeline.unet, asked)).abs().max() > 1e-2
+
+
+def test_theta_prime_of_a_lora_pair_is_the_unet_with_the_adapter_added(
+    lora_pair, lora_folder, tiny_sd, tiny_pipeline, asked
+):
+    by_hand = copy.deepcopy(tiny_pipeline.unet)
+    layers = load_file(lora_folder / models.LORA_FILE)
+    with torch.no_grad():
+        for name, module in by_hand.named_modules():
+            if name.endswith(("to_q", "to_v")):
+                module.weight += layers[f"unet.{name}.lora_B.weight"] @ layers[f"unet.{name}.lora_A.weight"]
+    fused = StableDiffusionPipeline.from_pretrained(tiny_sd)
+    fused.load_lora_weights(lora_folder, weight_name=models.LORA_FILE)
+    fused.fuse_lora()
+    fused.unload_lora_weights()
+    with torch.no_grad():
+        found = lora_pair.tuned(*asked)
+    assert torch.allclose(found, plain(by_hand, asked), atol=1e-5)
+    assert torch.allclose(found, plain(fused.unet, asked), atol=1e-5)
+
+
+def test_theta_prime_keeps_its_adapter_when_theta_fails(lora_pair, asked, monkeypatch):
+    with torch.no_grad():
+        before = lora_pair.tuned(*asked)
+        with monkeypatch.context() as broken:
+            broken.setattr(models, "_predict", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError))
+            with pytest.raises(torch.OutOfMemoryError):
+                lora_pair.base(*asked)
+        assert torch.equal(lora_pair.tuned(*asked), before)
+
+
+def test_a_folder_with_neither_or_with_a_foreign_lora_is_refused(tiny_sd, tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"holds neither a unet/ folder nor pytorch_lora_weights\.safetensors"):
+        models.load_pair(str(tiny_sd), tmp_path)
+    layer = "text_encoder.text_model.encoder.layers.0.self_attn.q_proj"
+    tensors = {f"{layer}.lora_A.weight": torch.zeros(2, 32), f"{layer}.lora_B.weight": torch.zeros(32, 2)}
+    save_file(tensors, tmp_path / models.LORA_FILE)
+    with pytest.raises(ValueError, match="holds no adapter for the U-Net"):
+        models.load_pair(str(tiny_sd), tmp_path)

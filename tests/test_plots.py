@@ -1,0 +1,191 @@
+"""fx.plots: what each figure holds, read back from the figure itself."""
+
+import matplotlib as mpl
+
+mpl.use("Agg")
+
+import numpy as np
+import pandas as pd
+import pytest
+from matplotlib import pyplot as plt
+from matplotlib.colors import to_rgb
+from matplotlib.patches import FancyArrowPatch
+from PIL import Image
+
+from fx import plots
+
+
+@pytest.fixture(autouse=True)
+def close_figures():
+    yield
+    plt.close("all")
+
+
+def tiles(n: int, seed: int = 0, height: int = 6, width: int = 8) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 250, (n, height, width, 3), np.uint8)
+
+
+def shown(axes) -> np.ndarray:
+    """The one image on a pair of axes."""
+    (image,) = axes.images
+    return np.asarray(image.get_array())
+
+
+def test_show_row_puts_pictures_side_by_side_with_a_white_gap():
+    _, axes = plt.subplots()
+    pictures = tiles(3)
+    plots.show_row(axes, pictures, "training", gap=2)
+    row = shown(axes)
+    assert row.shape == (6, 3 * (8 + 2), 3)
+    for number, picture in enumerate(pictures):
+        assert np.array_equal(row[:, number * 10 : number * 10 + 8], picture)
+        assert (row[:, number * 10 + 8 : number * 10 + 10] == 255).all()
+    assert axes.get_ylabel() == "training"
+    assert not len(axes.get_xticks())
+    assert not len(axes.get_yticks())
+    assert not any(spine.get_visible() for spine in axes.spines.values())
+
+
+def test_picture_rows_has_a_labelled_row_per_entry_and_fills_short_ones_with_white():
+    rows = {"training": tiles(4), "direct": tiles(2, seed=1), "cfg": tiles(4, seed=2)}
+    figure = plots.picture_rows(rows, "mimooh", width=0.5)
+    assert [axes.get_ylabel() for axes in figure.axes] == list(rows)
+    for axes, pictures in zip(figure.axes, rows.values(), strict=True):
+        row = shown(axes)
+        assert row.shape == (6, 4 * 10, 3)
+        for number, picture in enumerate(pictures):
+            assert np.array_equal(row[:, number * 10 : number * 10 + 8], picture)
+        assert (row[:, len(pictures) * 10 :] == 255).all()
+    assert figure.get_suptitle() == "mimooh"
+    figure.canvas.draw()
+    tops = [axes.get_position().y0 for axes in figure.axes]
+    assert tops == sorted(tops, reverse=True), "rows from top to bottom in the order given"
+    wider = plots.picture_rows(rows, width=1.0)
+    assert wider.get_figwidth() - figure.get_figwidth() == pytest.approx(4 * 0.5)
+
+
+@pytest.mark.parametrize(("n", "rows"), [(1, 1), (3, 1), (4, 2), (7, 3)])
+def test_captioned_grid_shows_each_picture_under_its_caption(n, rows):
+    pictures = tiles(n)
+    captions = [f"picture {number} of a rather long caption" for number in range(n)]
+    figure = plots.captioned_grid(pictures, captions, columns=3)
+    assert len(figure.axes) == rows * 3
+    used = [axes for axes in figure.axes if axes.images]
+    assert len(used) == n
+    for axes, picture, caption in zip(used, pictures, captions, strict=True):
+        assert np.array_equal(shown(axes), picture)
+        assert axes.get_title().replace("\n", " ") == caption
+    assert not any(axes.axison for axes in figure.axes)
+
+
+@pytest.mark.parametrize("window", [1, 7, 30])
+def test_loss_curves_are_running_means_at_the_step_of_their_last_value(window):
+    draw = np.random.default_rng(0)
+    losses = {"mimooh": draw.random(40).astype(np.float32), "zazou": draw.random(55).astype(np.float32)}
+    (axes,) = plots.loss_curves(losses, window=window).axes
+    assert [line.get_label() for line in axes.lines] == list(losses)
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == list(losses)
+    for line, values in zip(axes.lines, losses.values(), strict=True):
+        expected = pd.Series(values, index=np.arange(1, len(values) + 1)).rolling(window).mean().dropna()
+        np.testing.assert_allclose(line.get_ydata(), expected, atol=1e-6)
+        np.testing.assert_array_equal(line.get_xdata(), expected.index)
+    assert str(window) in axes.get_ylabel()
+    assert "step" in axes.get_xlabel()
+
+
+def test_loss_curves_of_fewer_steps_than_the_window_show_the_mean_of_all():
+    (axes,) = plots.loss_curves({"short": np.array([1.0, 2, 3, 6]), "long": np.arange(6.0)}, window=50).axes
+    short, long = axes.lines
+    assert (short.get_xdata().tolist(), short.get_ydata().tolist()) == ([4], [3.0])
+    np.testing.assert_allclose(long.get_ydata(), [1.5, 2.5, 3.5])
+    assert "4" in axes.get_ylabel()
+
+
+def scored() -> pd.DataFrame:
+    """Five items in each of two blocks for three arms, in an order that is not that of the legend."""
+    draw = np.random.default_rng(0)
+    levels = {"finextract": 0.6, "direct": 0.3, "cfg": 0.5}
+    rows = [
+        {"block": block, "arm": arm, "item": item, "AS": level + draw.normal(0, 0.02), "half": level / 2}
+        for block in ("style", "object")
+        for arm, level in levels.items()
+        for item in range(5)
+    ]
+    return pd.DataFrame(rows)
+
+
+def means(axes) -> dict[str, list[float]]:
+    """Per colour of a marked line the heights of its markers, block by block."""
+    lines = [line for line in axes.lines if line.get_marker() not in ("", "None", None) and len(line.get_ydata()) == 2]
+    return {to_rgb(line.get_color()): list(line.get_ydata()) for line in lines}
+
+
+def test_scores_by_arm_shows_means_points_and_intervals_of_every_arm():
+    rows = scored()
+    (axes,) = plots.scores_by_arm(rows).axes
+    drawn = means(axes)
+    for arm in ("direct", "cfg", "finextract"):
+        expected = [rows[(rows.block == block) & (rows.arm == arm)].AS.mean() for block in ("style", "object")]
+        assert drawn[to_rgb(plots.ARM_COLOURS[arm])] == pytest.approx(expected)
+    assert len(drawn) == 3
+    points = np.concatenate([collection.get_offsets()[:, 1] for collection in axes.collections])
+    np.testing.assert_allclose(np.sort(points), np.sort(rows.AS))
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["direct", "CFG", "FineXtract"]
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["style", "object"]
+    assert axes.get_ylabel() == "AS"
+    bars = [line for line in axes.lines if len(line.get_ydata()) > 2]
+    assert len(bars) == 6, "an interval for each arm in each block"
+    for bar in bars:
+        middle = np.nanmean(bar.get_ydata())
+        assert min(abs(middle - mean) for pair in drawn.values() for mean in pair) < 0.02
+
+
+def test_scores_by_arm_takes_other_scores_and_leaves_out_arms_that_were_not_run():
+    rows = scored().rename(columns={"block": "dataset"})
+    (axes,) = plots.scores_by_arm(rows[rows.arm != "cfg"], score="half", block="dataset").axes
+    drawn = means(axes)
+    assert drawn == {
+        to_rgb(plots.ARM_COLOURS["direct"]): pytest.approx([0.15, 0.15]),
+        to_rgb(plots.ARM_COLOURS["finextract"]): pytest.approx([0.3, 0.3]),
+    }
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["direct", "FineXtract"]
+    assert axes.get_ylabel() == "half"
+
+
+def test_every_arm_colour_has_a_label():
+    assert plots.ARM_COLOURS.keys() == plots.ARM_LABELS.keys()
+
+
+def test_method_drawing_leads_from_both_models_to_the_extracted_centres():
+    names = ["base", "tuned", "generated", "clique", "extracted"]
+    pictures = {name: tiles(5, seed, 8, 8) for seed, name in enumerate(names)}
+    figure = plots.method_drawing(pictures)
+    assert len(figure.axes) == 5
+    for axes, name in zip(figure.axes, names, strict=True):
+        a, b, c, d = pictures[name][:4]
+        assert np.array_equal(shown(axes), np.vstack([np.hstack([a, b]), np.hstack([c, d])])), name
+    titles = [axes.get_title() for axes in figure.axes]
+    symbols = [r"\theta", r"\theta'", r"w'-1", r"\phi", r"\hat X"]
+    assert all(symbol in title for symbol, title in zip(symbols, titles, strict=True))
+    base, tuned, generated, clique, extracted = (axes.get_position() for axes in figure.axes)
+    assert base.y0 > tuned.y1
+    arrows = [artist for artist in figure.artists if isinstance(artist, FancyArrowPatch)]
+    ways = [(base, generated), (tuned, generated), (generated, clique), (clique, extracted)]
+    for arrow, (start, end) in zip(arrows, ways, strict=True):
+        (x0, y0), (x1, y1) = arrow._posA_posB
+        assert start.x1 <= x0 < x1 <= end.x0, "an arrow runs between two pictures and covers neither"
+        assert start.y0 <= y0 <= start.y1
+        assert end.y0 <= y1 <= end.y1
+    figure.canvas.draw()  # the formulas are ones matplotlib can set
+
+
+def test_save_writes_a_readable_picture_per_name_and_profile(tmp_path, monkeypatch):
+    monkeypatch.setattr(plots, "FIGURES", tmp_path / "figures")
+    figure = plots.picture_rows({"training": tiles(2)})
+    path = plots.save(figure, "table01", "smoke")
+    assert path == tmp_path / "figures/table01-smoke.png"
+    with Image.open(path) as image:
+        assert image.format == "PNG"
+        assert np.asarray(image.convert("L")).std() > 1, "an empty picture"
+    assert plots.save(figure, "table01", "mini") != path
+    assert len(list((tmp_path / "figures").iterdir())) == 2

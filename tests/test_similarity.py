@@ -1,0 +1,152 @@
+"""The descriptor network and the similarity matrix against plain twins."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+from torch.nn import functional as F
+from torchvision.models.resnet import BasicBlock as ReferenceBlock
+
+from fx import similarity
+from fx.similarity import BasicBlock, MiniSSCD, descriptors, load_descriptor, similarity_matrix
+
+
+def tiny(seed=0):
+    """A MiniSSCD of a few thousand weights whose normalisation statistics are not the initial ones."""
+    torch.manual_seed(seed)
+    model = MiniSSCD(widths=(4, 6), blocks=(1, 2), dimension=5, size=16)
+    with torch.no_grad():
+        for _ in range(3):
+            model(torch.rand(8, 3, 16, 16) * 2 - 1)
+    return model.eval()
+
+
+def pictures(n, size=16, seed=0):
+    return torch.rand(n, 3, size, size, generator=torch.Generator().manual_seed(seed)) * 2 - 1
+
+
+@pytest.mark.parametrize(("inputs", "outputs", "stride"), [(4, 4, 1), (4, 6, 2), (4, 6, 1)])
+def test_block_equals_torchvisions_basic_block(inputs, outputs, stride):
+    block = BasicBlock(inputs, outputs, stride)
+    plain = stride == 1 and inputs == outputs
+    twin = ReferenceBlock(inputs, outputs, stride, None if plain else block.shortcut)
+    twin.load_state_dict(
+        {
+            name.replace("norm", "bn").replace("shortcut", "downsample"): tensor
+            for name, tensor in block.state_dict().items()
+        }
+    )
+    x = torch.randn(3, inputs, 8, 8)
+    torch.testing.assert_close(block.eval()(x), twin.eval()(x))
+
+
+def test_default_network_has_the_stated_size_and_resolution():
+    model = MiniSSCD()
+    assert 1.0e6 < sum(p.numel() for p in model.parameters()) < 1.5e6
+    with torch.no_grad():
+        features = model.stages(model.stem(pictures(2, 64)))
+        assert features.shape == (2, 192, 4, 4)
+        assert model(pictures(2, 64)).shape == (2, 128)
+
+
+def test_head_is_cubic_mean_then_linear_then_unit_length():
+    model, images = tiny(), pictures(3)
+    with torch.no_grad():
+        features = model.stages(model.stem(images)).double()
+        pooled = (features.clamp(min=1e-6) ** 3).sum(dim=(2, 3)).div(features[0, 0].numel()) ** (1 / 3)
+        expected = pooled @ model.project.weight.double().T + model.project.bias.double()
+        expected = expected / expected.norm(dim=1, keepdim=True)
+        torch.testing.assert_close(model(images).double(), expected, atol=1e-5, rtol=0)
+
+
+def test_other_sizes_are_resized_with_antialiasing():
+    model = tiny()
+    checks = torch.ones(1, 3, 64, 64)
+    checks[..., ::2] = -1  # averages to grey, which subsampling without antialiasing would miss
+    with torch.no_grad():
+        grey, striped = model(torch.zeros(1, 3, 16, 16)), model(checks)
+        assert float((grey * striped).sum()) == pytest.approx(1, abs=1e-3)
+        wide = F.interpolate(pictures(1, 48)[..., :32], size=(16, 16), mode="bilinear", antialias=True)
+        torch.testing.assert_close(model(pictures(1, 48)[..., :32]), model(wide))
+
+
+def test_stored_network_comes_back_in_half_precision_and_eval_mode(tmp_path):
+    model = tiny()
+    model.save_pretrained(tmp_path / "net")
+    assert sorted(p.name for p in (tmp_path / "net").iterdir()) == ["config.json", "model.safetensors"]
+    stored = load_file(tmp_path / "net" / "model.safetensors")
+    assert {t.dtype for t in stored.values()} == {torch.float16, torch.int64}
+    loaded = MiniSSCD.from_pretrained(tmp_path / "net")
+    assert not loaded.training
+    assert loaded.config == model.config
+    assert all(p.dtype == torch.float32 for p in loaded.parameters())
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(pictures(4)), model(pictures(4)), atol=5e-3, rtol=0)
+    loaded.save_pretrained(tmp_path / "again")  # rounding to half precision happens once
+    again = MiniSSCD.from_pretrained(tmp_path / "again").state_dict()
+    assert all(torch.equal(tensor, again[name]) for name, tensor in loaded.state_dict().items())
+
+
+def test_load_descriptor_by_name_and_by_folder(tmp_path, monkeypatch):
+    tiny().save_pretrained(tmp_path / "mini-sscd")
+    monkeypatch.setattr(similarity, "MODELS", tmp_path)
+    by_name, by_folder = load_descriptor("mini-sscd"), load_descriptor(tmp_path / "mini-sscd")
+    with torch.no_grad():
+        assert torch.equal(by_name(pictures(2)), by_folder(pictures(2)))
+
+
+def test_what_is_no_descriptor_is_refused_with_the_reason(tmp_path):
+    with pytest.raises(ValueError, match="Unknown descriptor 'sscd2'"):
+        load_descriptor("sscd2")
+    with pytest.raises(FileNotFoundError, match=r"no config\.json"):
+        load_descriptor(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"architecture": "UNet2DConditionModel"}))
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    with pytest.raises(ValueError, match="does not describe a MiniSSCD"):
+        load_descriptor(tmp_path)
+
+
+def test_descriptors_are_unit_rows_and_do_not_depend_on_batches_or_mode():
+    model, images = tiny(), pictures(13)
+    found = descriptors(model, images)
+    assert found.shape == (13, 5)
+    assert found.dtype == np.float32
+    np.testing.assert_allclose(np.linalg.norm(found, axis=1), 1, atol=1e-5)
+    with torch.no_grad():
+        np.testing.assert_allclose(found, model(images).numpy(), atol=1e-5)
+    model.train()
+    np.testing.assert_allclose(descriptors(model, images, batch_size=4), found, atol=1e-5)
+    assert model.training
+    with pytest.raises(ValueError, match=r"\[n, 3, h, w\], not \[13, 1, 16, 16\]"):
+        descriptors(model, images[:, :1])
+
+
+@given(st.integers(1, 23), st.integers(1, 30), st.integers(0, 50))
+@settings(max_examples=40, deadline=None)
+def test_similarity_equals_pairwise_cosine_in_any_blocks(n, block, seed):
+    rows = np.random.default_rng(seed).standard_normal((n, 6)).astype(np.float32)
+    found = similarity_matrix(rows, block)
+    twin = F.cosine_similarity(torch.tensor(rows)[:, None], torch.tensor(rows)[None], dim=-1).numpy()
+    assert found.dtype == np.float32
+    np.testing.assert_allclose(found, twin, atol=1e-5)
+    assert np.array_equal(found, found.T)
+    assert (np.diag(found) == 1).all()
+    assert np.abs(found).max() <= 1
+
+
+def test_similarity_of_duplicates_and_opposites():
+    rows = np.array([[3, 4], [3, 4], [-6, -8], [4, -3]], dtype=np.float32)
+    expected = np.array([[1, 1, -1, 0], [1, 1, -1, 0], [-1, -1, 1, 0], [0, 0, 0, 1]])
+    np.testing.assert_allclose(similarity_matrix(rows, block=3), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("bad", [0.0, np.nan, np.inf])
+def test_rows_without_direction_are_refused(bad):
+    rows = np.ones((4, 3), dtype=np.float32)
+    rows[2] = bad
+    with pytest.raises(ValueError, match="Descriptor 2 is all zero or not finite"):
+        similarity_matrix(rows)

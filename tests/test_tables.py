@@ -1,0 +1,154 @@
+"""fx.tables: means, intervals and paired differences against pandas and SciPy, and the files of data/."""
+
+import re
+
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.stats import bootstrap
+
+from fx import tables
+from fx.paths import PAPER
+
+
+def scored(n: int = 12, seed: int = 0) -> pd.DataFrame:
+    """Scores of n items in two blocks and two arms: items differ a lot, cfg lies 0.02 above direct in block b only."""
+    draw = np.random.default_rng(seed)
+    rows = []
+    for block in ("b", "a"):
+        level = draw.uniform(0.1, 0.9, n)
+        for arm in ("direct", "cfg"):
+            gain = 0.02 if (block, arm) == ("b", "cfg") else 0.0
+            score = level + gain + draw.normal(0, 0.01, n)
+            rows.append(pd.DataFrame({"block": block, "arm": arm, "item": np.arange(n), "AS": score, "n": score * 2}))
+    return pd.concat(rows, ignore_index=True)
+
+
+def percentile_interval(values: np.ndarray) -> tuple[float, float]:
+    found = bootstrap((values,), np.mean, n_resamples=20_000, method="percentile", rng=np.random.default_rng(1))
+    return tuple(found.confidence_interval)
+
+
+def read(text: str) -> list[float]:
+    assert re.fullmatch(r"-?\d\.\d{3}\.\.-?\d\.\d{3}", text), text
+    return [float(number) for number in text.split("..")]
+
+
+def test_summarise_gives_mean_interval_and_number_of_items_per_group():
+    rows = scored().sample(frac=1, random_state=3)
+    table = tables.summarise(rows, ["block", "arm"], ["AS", "n"])
+    assert table.columns.tolist() == ["block", "arm", "items", "AS", "AS 95%", "n", "n 95%"]
+    appearance = rows[["block", "arm"]].drop_duplicates()
+    assert table[["block", "arm"]].to_numpy().tolist() == appearance.to_numpy().tolist()
+    assert (table["items"] == 12).all()
+    means = rows.groupby(["block", "arm"])[["AS", "n"]].mean()
+    for line in table.to_dict("records"):
+        group = rows[(rows.block == line["block"]) & (rows.arm == line["arm"])]
+        for score in ("AS", "n"):
+            assert line[score] == pytest.approx(means.loc[(line["block"], line["arm"]), score])
+            expected = percentile_interval(group[score].to_numpy())
+            assert read(line[f"{score} 95%"]) == pytest.approx(expected, abs=0.04 * np.ptp(expected) + 0.0006)
+
+
+def test_summarise_groups_by_one_column_and_depends_on_the_seed_only_in_the_interval():
+    rows = scored()
+    first, other = (tables.summarise(rows, ["arm"], ["AS"], seed=seed) for seed in (0, 1))
+    assert first.arm.tolist() == ["direct", "cfg"]
+    assert (first["items"] == 24).all()
+    assert first.AS.tolist() == other.AS.tolist()
+    assert first.equals(tables.summarise(rows, ["arm"], ["AS"], seed=0))
+    values = first["AS 95%"].map(read).explode().astype(float).to_numpy()
+    others = other["AS 95%"].map(read).explode().astype(float).to_numpy()
+    assert (values != others).any()
+    np.testing.assert_allclose(values, others, atol=0.01)
+
+
+def test_summarise_of_a_single_item_has_an_interval_of_no_width():
+    table = tables.summarise(pd.DataFrame({"arm": ["cfg"], "AS": [0.25]}), ["arm"], ["AS"])
+    assert table.loc[0, "AS 95%"] == "0.250..0.250"
+
+
+def test_paired_difference_compares_item_by_item():
+    rows = scored()
+    table = tables.paired_difference(rows.sample(frac=1, random_state=0), "cfg", "direct", ["block"]).set_index("block")
+    for block, group in rows.groupby("block"):
+        merged = group[group.arm == "cfg"].merge(group[group.arm == "direct"], on="item")
+        difference = (merged.AS_x - merged.AS_y).to_numpy()
+        low, high = percentile_interval(difference)
+        line = table.loc[block]
+        assert line["items"] == 12
+        assert line.difference == pytest.approx(difference.mean())
+        assert (line.low, line.high) == pytest.approx((low, high), abs=0.04 * (high - low))
+        assert line["excludes 0"] == (low > 0 or high < 0)
+    assert table["excludes 0"].to_dict() == {"b": True, "a": False}
+    # the items spread over 0.1..0.9, a comparison that is not paired could not see 0.02
+    assert (table.high - table.low < 0.03).all()
+
+
+def test_paired_difference_turns_round_with_its_arms_and_takes_the_asked_score():
+    rows = scored()
+    one = tables.paired_difference(rows, "cfg", "direct", ["block"])
+    other = tables.paired_difference(rows, "direct", "cfg", ["block"], score="n")
+    np.testing.assert_allclose(other.difference, -2 * one.difference)
+    np.testing.assert_allclose(other[["low", "high"]], -2 * one[["high", "low"]].to_numpy(), atol=1e-12)
+    assert other["excludes 0"].tolist() == one["excludes 0"].tolist()
+
+
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=6), st.floats(-0.5, 0.5))
+@settings(max_examples=15, deadline=None)
+def test_paired_difference_of_a_constant_gain_is_that_gain(levels, gain):
+    items = [f"item {number}" for number in range(len(levels))]
+    rows = pd.DataFrame({"item": items * 2, "arm": ["x"] * len(items) + ["y"] * len(items), "set": "all"})
+    rows["AS"] = [*(level + gain for level in levels), *levels]
+    line = tables.paired_difference(rows, "x", "y", ["set"]).loc[0]
+    assert [line.difference, line.low, line.high] == pytest.approx([gain] * 3, abs=1e-9)
+
+
+@pytest.mark.parametrize("drop", [[3], [3, 7], list(range(12))])
+def test_paired_difference_refuses_arms_that_hold_other_items(drop):
+    rows = scored()
+    rows = rows[~((rows.block == "a") & (rows.arm == "cfg") & rows["item"].isin(drop))]
+    with pytest.raises(ValueError, match="cfg and direct were not run on the same items") as error:
+        tables.paired_difference(rows, "cfg", "direct", ["block"])
+    assert str(drop) in str(error.value)
+    assert "'a'" in str(error.value)
+
+
+COLUMNS = {
+    **{1: "dataset", 2: "base_model", 3: "defense", 4: "method", 5: "extracted_3_words", 6: "memory_MB"},
+    **{7: "checkpoint", 8: "data", 9: "artists", 10: "images", 11: "prompt"},
+}
+
+
+@pytest.mark.parametrize("number", COLUMNS)
+def test_paper_returns_the_table_of_that_number_with_numbers_as_numbers(number):
+    table = tables.paper(number)
+    assert COLUMNS[number] in table
+    text = pd.read_csv(PAPER / f"table{number:02d}.csv", dtype=str)
+    assert table.shape == text.shape
+    assert (table.isna() == text.isna()).all(axis=None)
+    for name in table.columns.intersection(["AS", "A-ESR_0.6", "DINO", "CLIP-IQA", "memory_MB"]):
+        assert pd.api.types.is_numeric_dtype(table[name])
+        assert table[name].dropna().tolist() == [float(cell) for cell in text[name].dropna()]
+
+
+@pytest.mark.parametrize("number", [0, 12])
+def test_paper_refuses_a_table_the_paper_does_not_have(number):
+    with pytest.raises(FileNotFoundError, match=f"no table {number}: .* 1 to 11"):
+        tables.paper(number)
+
+
+def test_save_writes_what_reads_back_to_six_digits(tmp_path, monkeypatch):
+    monkeypatch.setattr(tables, "TABLES", tmp_path / "results")
+    rows = pd.DataFrame(
+        {"item": ["style/zazou", "a, b"], "AS": [1 / 3, np.nan], "lr": [2.0e-5, 123456.7], "n": [3, 4]}, index=[7, 8]
+    )
+    path = tables.save(rows, "table01", "smoke")
+    assert path == tmp_path / "results/smoke/table01.csv"
+    again = pd.read_csv(path)
+    pd.testing.assert_frame_equal(again, rows.reset_index(drop=True), rtol=5e-6)
+    assert "0.333333," in path.read_text()
+    assert tables.save(rows[:1], "table01", "smoke") == path
+    assert len(pd.read_csv(path)) == 1
