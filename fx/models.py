@@ -46,7 +46,8 @@ def load_pipeline(name: str) -> StableDiffusionPipeline:
         requires_safety_checker=False,
         local_files_only=True,
     )
-    pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
+    # a scheduler of another class may not name clip_sample, and DDIM's default would clip latents to [-1, 1]
+    pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, clip_sample=False)
     pipeline.set_progress_bar_config(disable=True)
     for part in (pipeline.vae, pipeline.text_encoder, pipeline.unet):
         part.requires_grad_(False).eval()
@@ -80,9 +81,7 @@ def encode_caption(pipeline: StableDiffusionPipeline, caption: str) -> Tensor:
     """Last hidden state of the text encoder, [1, tokens, width]; ValueError if the caption does not fit."""
     tokenizer = pipeline.tokenizer
     check_caption(tokenizer, caption)
-    ids = tokenizer(
-        caption, padding="max_length", max_length=tokenizer.model_max_length, return_tensors="pt"
-    ).input_ids
+    ids = tokenizer(caption, padding="max_length", max_length=tokenizer.model_max_length, return_tensors="pt").input_ids
     with torch.no_grad():
         return pipeline.text_encoder(ids.to(pipeline.device))[0]
 

@@ -65,13 +65,23 @@ def brute_force(similarity, threshold):
 
 
 @given(small_similarities(), st.integers(-3, 11))
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=120)
 def test_partition_equals_brute_force(similarity, tenths):
     assert largest_cliques(similarity, tenths / 10) == brute_force(similarity, tenths / 10)
 
 
+def by_size(found):
+    """The cliques in their order, but single images, which are ordered by index, as one sorted list."""
+    return [list(clique) for clique in found if len(clique) > 1], sorted(c[0] for c in found if len(c) == 1)
+
+
+def renamed(found, order):
+    """`by_size` of cliques found after image order[i] became image i."""
+    return by_size([sorted(int(order[i]) for i in clique) for clique in found])
+
+
 @given(small_similarities(), st.integers(-3, 11), st.randoms(use_true_random=False))
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=50, derandomize=True)
 def test_partition_does_not_depend_on_the_order_of_images(similarity, tenths, random):
     n = len(similarity)
     noise = np.triu(np.random.default_rng(n).uniform(0, 0.01, (n, n)), 1)  # so that no two sums agree
@@ -79,7 +89,7 @@ def test_partition_does_not_depend_on_the_order_of_images(similarity, tenths, ra
     order = random.sample(range(n), n)
     expected = largest_cliques(similarity, tenths / 10)
     permuted = largest_cliques(similarity[np.ix_(order, order)], tenths / 10)
-    assert [sorted(order[i] for i in clique) for clique in permuted] == [list(clique) for clique in expected]
+    assert renamed(permuted, order) == by_size(expected)
 
 
 @pytest.mark.parametrize("quantile", [0.3, 0.6, 0.9])
@@ -109,7 +119,7 @@ def test_larger_partition_does_not_depend_on_the_order_of_images():
     order = np.random.default_rng(1).permutation(120)
     expected = largest_cliques(similarity, 0.2)
     permuted = largest_cliques(similarity[np.ix_(order, order)], 0.2)
-    assert [tuple(sorted(order[list(clique)].tolist())) for clique in permuted] == expected
+    assert renamed(permuted, order) == by_size(expected)
     assert largest_cliques(similarity, 0.2) == expected
 
 
@@ -149,31 +159,32 @@ def test_search_cut_short_warns_and_still_partitions(monkeypatch):
     assert all(similarity[p] >= 0.3 for clique in found for p in itertools.combinations(clique, 2))
 
 
-def test_ties_cut_short_still_remove_a_largest_clique_at_each_step(monkeypatch):
-    similarity, _ = clustered(80, 4, noise=2.0)
-    threshold = round(np.quantile(similarity, 0.5), 2)
+@pytest.mark.parametrize(("seed", "threshold"), [(20, 0.7), (26, 0.5), (46, 0.5)])
+def test_ties_cut_short_still_remove_a_largest_clique_at_each_step(monkeypatch, seed, threshold):
+    similarity = symmetric(40, np.random.default_rng(seed).random(40 * 39 // 2))
     monkeypatch.setattr(cliques, "TIE_NODES", 0)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         found = largest_cliques(similarity, threshold)
-    assert sorted(itertools.chain(*found)) == list(range(80))
     rest = graph(similarity, threshold)
     for clique in found:
+        assert all(rest.has_edge(*pair) for pair in itertools.combinations(clique, 2))
         assert len(clique) == networkx.max_weight_clique(rest, weight=None)[1]
         rest.remove_nodes_from(clique)
+    assert len(rest) == 0
 
 
-@pytest.mark.parametrize("rule", RULES)
-def test_every_rule_finds_clear_clusters(rule):
-    similarity, labels = clustered(60, 5, noise=0.4)
-    result = extract(similarity, 5, rule)
-    assert sorted(labels[list(result.centres)]) == [0, 1, 2, 3, 4]
+@pytest.mark.parametrize("rule", ["tightest", "peaks"])
+def test_clear_clusters_are_found(rule):
+    similarity, labels = clustered(48, 3, noise=0.4)
+    result = extract(similarity, 3, rule)
+    assert sorted(labels[list(result.centres)]) == [0, 1, 2]
     assert all(len(set(labels[list(clique)])) == 1 for clique in result.cliques)
     assert result.rule == rule
 
 
 @given(small_similarities(), st.data(), st.sampled_from(RULES))
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 def test_exactly_n_training_disjoint_cliques_with_their_centres(similarity, data, rule):
     if len(similarity) < 2:
         return
@@ -191,9 +202,9 @@ def test_exactly_n_training_disjoint_cliques_with_their_centres(similarity, data
 
 
 def test_paper_sweep_stops_at_the_first_threshold_with_enough_cliques():
-    similarity, _ = clustered(40, 4, noise=0.6)
-    start = np.floor(np.quantile(similarity[np.triu_indices(40, 1)], 0.25) * 100) / 100
-    for n_training in (3, 8, 20):
+    similarity, _ = clustered(20, 4, noise=0.6)
+    start = np.floor(np.quantile(similarity[np.triu_indices(20, 1)], 0.25) * 100) / 100
+    for n_training in (2, 6, 9):
         expected = start
         while len(largest_cliques(similarity, expected)) < n_training:
             expected = round(expected + 0.01, 2)

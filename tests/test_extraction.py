@@ -22,7 +22,9 @@ def runs(tmp_path, monkeypatch):
 
 
 def specs(**options) -> list[Extract]:
-    return three_arms(TUNED, images_per_training=2, cfg_scale=3.0, finextract_scale=2.0, correction_scale=-0.02, **options)
+    return three_arms(
+        TUNED, images_per_training=2, cfg_scale=3.0, finextract_scale=2.0, correction_scale=-0.02, **options
+    )
 
 
 def test_three_arms_share_everything_but_the_guidance():
@@ -30,9 +32,9 @@ def test_three_arms_share_everything_but_the_guidance():
     assert [s.generate.arm for s in (direct, cfg, finextract)] == ["direct", "cfg", "finextract"]
     assert [s.generate.guidance_scale for s in (direct, cfg, finextract)] == [1.0, 3.0, 2.0]
     assert [s.generate.correction_scale for s in (direct, cfg, finextract)] == [0.0, 0.0, -0.02]
-    assert {(s.generate.finetune, s.generate.images_per_training, s.generate.seed) for s in (direct, cfg, finextract)} == {
-        (TUNED, 2, 5)
-    }
+    assert {
+        (s.generate.finetune, s.generate.images_per_training, s.generate.seed) for s in (direct, cfg, finextract)
+    } == {(TUNED, 2, 5)}
     assert {(s.loose, s.strict) for s in (direct, cfg, finextract)} == {copy_thresholds("mini-sscd")}
 
 

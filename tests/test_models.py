@@ -85,6 +85,7 @@ def test_a_pipeline_is_float32_frozen_and_has_the_ddim_scheduler(tiny_sd, tmp_pa
     pipeline = models.load_pipeline(str(tmp_path))
     assert type(pipeline.scheduler) is DDIMScheduler
     assert pipeline.scheduler.config.beta_end == 0.012
+    assert not pipeline.scheduler.config.clip_sample  # latents reach beyond [-1, 1]
     for part in (pipeline.vae, pipeline.text_encoder, pipeline.unet):
         assert not part.training
         for parameter in part.parameters():

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from torchvision.models.resnet import BasicBlock as ReferenceBlock
 
 from fx import similarity
-from fx.similarity import BasicBlock, MiniSSCD, descriptors, load_descriptor, similarity_matrix
+from fx.similarity import BasicBlock, MiniSSCD, copy_thresholds, descriptors, load_descriptor, similarity_matrix
 
 
 def tiny(seed=0):
@@ -99,11 +99,20 @@ def test_load_descriptor_by_name_and_by_folder(tmp_path, monkeypatch):
         assert torch.equal(by_name(pictures(2)), by_folder(pictures(2)))
 
 
+def test_thresholds_are_stored_with_the_network(tmp_path):
+    tiny().save_pretrained(tmp_path / "with", {"loose": 0.4, "strict": 0.55})
+    assert copy_thresholds(tmp_path / "with") == (0.4, 0.55)
+    assert load_descriptor(tmp_path / "with").config == tiny().config
+    tiny().save_pretrained(tmp_path / "without")
+    with pytest.raises(ValueError, match="without' was saved without thresholds"):
+        copy_thresholds(tmp_path / "without")
+
+
 def test_what_is_no_descriptor_is_refused_with_the_reason(tmp_path):
-    with pytest.raises(ValueError, match="Unknown descriptor 'sscd2'"):
+    with pytest.raises(FileNotFoundError, match="unknown descriptor 'sscd2'"):
         load_descriptor("sscd2")
     with pytest.raises(FileNotFoundError, match=r"no config\.json"):
-        load_descriptor(tmp_path)
+        MiniSSCD.from_pretrained(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({"architecture": "UNet2DConditionModel"}))
     (tmp_path / "model.safetensors").write_bytes(b"")
     with pytest.raises(ValueError, match="does not describe a MiniSSCD"):
@@ -126,7 +135,7 @@ def test_descriptors_are_unit_rows_and_do_not_depend_on_batches_or_mode():
 
 
 @given(st.integers(1, 23), st.integers(1, 30), st.integers(0, 50))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_similarity_equals_pairwise_cosine_in_any_blocks(n, block, seed):
     rows = np.random.default_rng(seed).standard_normal((n, 6)).astype(np.float32)
     found = similarity_matrix(rows, block)

@@ -133,6 +133,24 @@ def _item(split: str, caption: str, training: list[int], controls: list[int]) ->
     return {"split": split, "caption": caption, "training": training, "controls": controls}
 
 
+def settle(item: dict, own: np.ndarray, corpus: np.ndarray, limit: float = 0.85) -> dict:
+    """Drop pictures that a trained descriptor finds alike: to the corpus, or to a picture kept before.
+
+    own: descriptors [n, d] of the item's training images and controls in this order; corpus: [m, d]. A training image
+    that is dropped is replaced by the first control; ValueError if there are too few.
+    """
+    candidates, kept = item["training"] + item["controls"], []
+    alike = (own @ own.T >= limit) | np.eye(len(own), dtype=bool)
+    for index in np.flatnonzero((own @ corpus.T).max(axis=1) < limit):
+        if not alike[index, kept].any():
+            kept.append(index)
+    n = len(item["training"])
+    if len(kept) < n:
+        raise ValueError(f"{item['caption']}: only {len(kept)} pictures are left, {n} are needed for training")
+    chosen = [candidates[index] for index in kept]
+    return _item(item["split"], item["caption"], chosen[:n], chosen[n:])
+
+
 def write(items: dict[str, dict], rows: pd.DataFrame, pictures: np.ndarray, folder: Path) -> None:
     """Write PNG files and items.json: per item caption, split and, per image, title, author, licence and SHA-256."""
     index = {}

@@ -55,7 +55,7 @@ def encode_captions(text: CLIPTextModel, tokenizer: CLIPTokenizer, captions: lis
     return torch.cat([text(tokenize(tokenizer, part)).last_hidden_state.half() for part in parts])
 
 
-def diffusion_loss(latents: Tensor, choices: list[list[int]], texts: Tensor, empty: Tensor, batch=64, gamma=5.0):
+def diffusion_loss(latents: Tensor, choices: list[list[int]], texts: Tensor, empty: Tensor, batch=32, gamma=5.0):
     """The loss function for `training.train`: eps mean squared error, 10% caption dropout, min-SNR-gamma weights.
 
     latents: [n, 32, 8, 8], scaled; choices[i]: rows of `texts` that caption picture i; empty: [32, 192], the encoded

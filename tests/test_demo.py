@@ -1,0 +1,155 @@
+"""fx.demo: its command line, the three extractions it asks for, and what it prints and draws of them."""
+
+import json
+import runpy
+import sys
+
+import matplotlib as mpl
+
+mpl.use("Agg")
+
+import numpy as np
+import pandas as pd
+import pytest
+from matplotlib import pyplot as plt
+from PIL import Image
+
+from fx import datasets, demo, extraction, plots, results
+from fx.extraction import Extract
+from fx.sampling import Generate
+
+
+@pytest.fixture(autouse=True)
+def _thresholds(monkeypatch):
+    """Thresholds of the descriptor as constants, so that no model is needed."""
+    for module in (demo, extraction):
+        monkeypatch.setattr(module, "copy_thresholds", lambda name: {"mini-sscd": (0.4, 0.55)}[name])
+    yield
+    plt.close("all")
+
+
+def test_arguments_have_defaults_that_need_no_typing():
+    options = vars(demo.arguments([]))
+    assert options == {"item": "style/zazou", "caption": "", "method": "dreambooth", "images": 20, "seed": 0}
+    assert options["item"] in datasets.names("style"), "the default item is a shipped one"
+
+
+def test_arguments_are_read():
+    words = ["~/photos/dog", "--caption", "a dog", "--method", "lora", "--images", "5", "--seed", "3"]
+    expected = {"item": "~/photos/dog", "caption": "a dog", "method": "lora", "images": 5, "seed": 3}
+    assert vars(demo.arguments(words)) == expected
+
+
+@pytest.mark.parametrize("words", [["--method", "magic"], ["--images", "many"], ["one", "two"], ["--unheard-of"]])
+def test_arguments_refuse_what_they_do_not_know(words, capsys):
+    with pytest.raises(SystemExit) as error:
+        demo.arguments(words)
+    assert error.value.code == 2
+    assert words[-1] in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("method", ["dreambooth", "lora"])
+def test_specs_are_three_arms_of_one_fine_tune_with_the_chosen_settings(method):
+    words = ["object/rooster", "--method", method, "--images", "7", "--seed", "2", "--caption", "a bird"]
+    asked = demo.specs(demo.arguments(words))
+    chosen = demo.CHOSEN[method]
+    assert all(isinstance(spec, Extract) and isinstance(spec.generate, Generate) for spec in asked)
+    assert [spec.generate.arm for spec in asked] == ["direct", "cfg", "finextract"]
+    scales = [spec.generate.guidance_scale for spec in asked]
+    assert scales == [1.0, chosen["cfg_scale"], chosen["finextract_scale"]]
+    corrections = [spec.generate.correction_scale for spec in asked]
+    assert corrections == [0.0, 0.0, chosen["correction_scale"]]
+    assert len({spec.generate.finetune for spec in asked}) == 1
+    finetune = asked[0].generate.finetune
+    assert (finetune.item, finetune.caption, finetune.method, finetune.seed) == ("object/rooster", "a bird", method, 2)
+    assert finetune.learning_rate == chosen["learning_rate"]
+    assert (finetune.rank, finetune.alpha) == ((64, 64) if method == "lora" else (0, 0))
+    assert {(spec.generate.images_per_training, spec.generate.seed) for spec in asked} == {(7, 2)}
+    assert {(spec.loose, spec.strict) for spec in asked} == {(0.4, 0.55)}
+
+
+def test_specs_refuse_a_number_of_images_below_one():
+    with pytest.raises(ValueError, match="images_per_training 0 must be at least 1"):
+        demo.specs(demo.arguments(["--images", "0"]))
+
+
+@pytest.fixture
+def finished(tmp_path, monkeypatch):
+    """Finished steps for a folder of three pictures: per arm 8 plain images of known levels and which of them match."""
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    for number, level in enumerate((10, 20, 30)):
+        Image.new("RGB", (12, 12), (level,) * 3).save(photos / f"{number}.png")
+    first = {"direct": 100, "cfg": 120, "finextract": 140}
+    matches = {"direct": [0, 1, 2], "cfg": [7, 7, 3], "finextract": [5, 0, 6]}
+
+    def folder(spec):
+        generate = spec if isinstance(spec, Generate) else spec.generate
+        return tmp_path / type(spec).__name__ / generate.arm
+
+    def run(asked, description):
+        for spec in asked:
+            arm = spec.generate.arm
+            for step in (spec, spec.generate):
+                folder(step).mkdir(parents=True)
+            levels = first[arm] + np.arange(8, dtype=np.uint8)
+            images = np.broadcast_to(levels[:, None, None, None], (8, 6, 6, 3))
+            np.save(folder(spec.generate) / "images.npy", images)
+            (folder(spec) / "matches.json").write_text(json.dumps({"match": matches[arm]}))
+        scores = {"AS": 0.4321, "A-ESR_strict": 0.1, "A-ESR_loose": 0.5, "n_extracted": 3, "n_generated": 8}
+        return pd.DataFrame([{"arm": spec.generate.arm, "phi": 0.9, **scores} for spec in asked])
+
+    monkeypatch.setattr(results, "run", run)
+    monkeypatch.setattr(results, "folder", folder)
+    monkeypatch.setattr(plots, "FIGURES", tmp_path / "figures")
+    return photos, {arm: [first[arm] + index for index in chosen] for arm, chosen in matches.items()}
+
+
+def levels(axes) -> list[int]:
+    """The grey levels of a row of plain pictures."""
+    (image,) = axes.images
+    row = np.asarray(image.get_array())[3]
+    return [int(row[start + 3, 0]) for start in range(0, len(row), 8)]
+
+
+def test_picture_shows_below_each_training_image_what_every_arm_extracted_for_it(finished):
+    photos, expected = finished
+    asked = demo.specs(demo.arguments([str(photos), "--caption", "a dog"]))
+    results.run(asked, "demo")
+    figure = demo.picture(asked, datasets.load_item(str(photos), "a dog"))
+    assert [axes.get_ylabel() for axes in figure.axes] == ["training", "direct", "CFG", "FineXtract"]
+    assert [levels(axes) for axes in figure.axes] == [[10, 20, 30], *expected.values()]
+    assert figure.get_suptitle().startswith("photos")
+
+
+def test_main_prints_the_scores_of_each_arm_and_saves_the_picture(finished, tmp_path, capsys):
+    photos, _ = finished
+    demo.main([str(photos), "--caption", "a dog"])
+    printed = capsys.readouterr().out
+    assert results.environment_summary() in printed
+    assert "3 training images, caption 'a dog', dreambooth" in printed
+    assert "strict 0.55, loose 0.40" in printed
+    table = [line.split() for line in printed.splitlines() if line.split()[:1] in (["direct"], ["cfg"], ["finextract"])]
+    assert table == [[arm, "0.432", "0.100", "0.500", "3", "8"] for arm in ("direct", "cfg", "finextract")]
+    (path,) = (tmp_path / "figures").iterdir()
+    assert str(path) in printed
+    assert path.name.startswith("demo-")
+    assert path.name.endswith("photos-mini.png")
+    with Image.open(path) as image:
+        assert image.format == "PNG"
+
+
+def test_main_refuses_a_folder_without_caption_before_any_work(finished, tmp_path):
+    photos, _ = finished
+    with pytest.raises(ValueError, match="needs a caption"):
+        demo.main([str(photos)])
+    assert not (tmp_path / "Extract").exists()
+
+
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")
+def test_command_ends_with_one_clear_line_for_an_unknown_item(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["fx.demo", "nonsense"])
+    with pytest.raises(SystemExit) as error:
+        runpy.run_module("fx.demo", run_name="__main__")
+    assert error.value.code.startswith("fx.demo: no item 'nonsense'")
+    assert "\n" not in error.value.code

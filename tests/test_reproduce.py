@@ -1,0 +1,210 @@
+"""fx.reproduce: which notebooks run with which parameters, what is refused beforehand, and one toy notebook run."""
+
+import json
+import runpy
+import sys
+from argparse import ArgumentTypeError
+from pathlib import Path
+
+import nbformat
+import papermill
+import pytest
+from nbformat.v4 import new_code_cell, new_notebook
+
+from fx import reproduce
+
+PARAMETERS = "artists = 3\nlearning_rate = 1.0e-3\nmethod = 'lora'\nquick = False"
+WRITES_ITS_PARAMETERS = """\
+import json, os
+print(json.dumps({"artists": artists, "rate": learning_rate, "method": method, "quick": quick, "in": os.getcwd()}))
+assert artists != 13, "thirteen is refused"
+"""
+
+
+def add_notebook(folder: Path, name: str) -> Path:
+    """A notebook with a `parameters` cell that prints its parameters and its working directory."""
+    cells = [
+        new_code_cell(PARAMETERS, metadata={"tags": ["parameters"]}),
+        new_code_cell(WRITES_ITS_PARAMETERS),
+    ]
+    kernel = {"kernelspec": {"name": "python3", "language": "python", "display_name": "Python 3"}}
+    nbformat.write(new_notebook(cells=cells, metadata=kernel), path := folder / name)
+    return path
+
+
+@pytest.fixture
+def notebooks(tmp_path, monkeypatch) -> Path:
+    """Notebooks 00, 01 and 03, parameters of the smoke profile for 01 and 03 and of mini for 03; runs/ beside them."""
+    folder = tmp_path / "notebooks"
+    for profile in ("mini", "smoke"):
+        (folder / "params" / profile).mkdir(parents=True)
+    for name in ("03-extraction.ipynb", "00-mini-models.ipynb", "01-fine-tuning.ipynb"):
+        add_notebook(folder, name)
+    (folder / "drawing.ipynb").write_text("no number, no part of the reproduction")
+    (folder / "params/smoke/01-fine-tuning.yaml").write_text("artists: 1\nlearning_rate: 2.0e-4\nquick: true\n")
+    (folder / "params/smoke/03-extraction.yaml").write_text("# nothing to change\n")
+    (folder / "params/mini/03-extraction.yaml").write_text("artists: 2\n")
+    monkeypatch.setattr(reproduce, "NOTEBOOKS", folder)
+    monkeypatch.setattr(reproduce, "RUNS", tmp_path / "runs")
+    return folder
+
+
+@pytest.fixture
+def executed(monkeypatch) -> list[tuple]:
+    """What papermill is asked to run, without running it."""
+    calls = []
+    monkeypatch.setattr(papermill, "execute_notebook", lambda *args, **options: calls.append((*args, options)))
+    return calls
+
+
+def names(paths: list[Path]) -> list[str]:
+    return [path.name[:2] for path in paths]
+
+
+def test_find_notebooks_takes_all_but_00_in_order_by_default(notebooks):
+    assert names(reproduce.find_notebooks([])) == ["01", "03"]
+    assert all(path.is_file() for path in reproduce.find_notebooks([]))
+
+
+def test_find_notebooks_takes_the_asked_ones(notebooks):
+    assert names(reproduce.find_notebooks(["03", "00"])) == ["03", "00"]
+
+
+def test_find_notebooks_names_the_unknown_number_and_those_there_are(notebooks):
+    with pytest.raises(ValueError, match=r"no notebook 04, 3: there are 00, 01, 03$"):
+        reproduce.find_notebooks(["01", "04", "3"])
+
+
+def test_the_shipped_notebooks_have_one_number_each():
+    numbers = [path.name[:2] for path in reproduce.NOTEBOOKS.glob("*.ipynb")]
+    assert all(number.isdigit() for number in numbers)
+    assert len(set(numbers)) == len(numbers)
+    assert len(reproduce.find_notebooks([])) == len(set(numbers) - {"00"})
+
+
+def test_parameters_are_those_of_the_profile_with_the_right_types(notebooks):
+    given = reproduce.parameters(notebooks / "01-fine-tuning.ipynb", "smoke", {})
+    assert given == {"artists": 1, "learning_rate": 2.0e-4, "quick": True}
+    assert [type(value) for value in given.values()] == [int, float, bool]
+
+
+def test_parameters_of_the_command_line_win(notebooks):
+    given = reproduce.parameters(notebooks / "01-fine-tuning.ipynb", "smoke", {"artists": 7, "method": "dreambooth"})
+    assert given == {"artists": 7, "learning_rate": 2.0e-4, "quick": True, "method": "dreambooth"}
+
+
+def test_mini_needs_no_file_and_reads_one_that_is_there(notebooks):
+    assert reproduce.parameters(notebooks / "01-fine-tuning.ipynb", "mini", {}) == {}
+    assert reproduce.parameters(notebooks / "03-extraction.ipynb", "mini", {}) == {"artists": 2}
+
+
+def test_a_file_without_entries_changes_nothing(notebooks):
+    assert reproduce.parameters(notebooks / "03-extraction.ipynb", "smoke", {"artists": 4}) == {"artists": 4}
+
+
+def test_another_profile_needs_a_file_for_the_notebook(notebooks):
+    with pytest.raises(ValueError, match=r"the profile paper has no parameters for 01-fine-tuning\.ipynb"):
+        reproduce.parameters(notebooks / "01-fine-tuning.ipynb", "paper", {})
+
+
+def test_an_unknown_profile_is_named_with_the_known_ones(notebooks):
+    with pytest.raises(ValueError, match="unknown profile 'fast': choose from mini, smoke, paper"):
+        reproduce.parameters(notebooks / "01-fine-tuning.ipynb", "fast", {})
+
+
+def test_an_unknown_parameter_is_named_with_the_known_ones(notebooks):
+    with pytest.raises(ValueError, match="has no parameter artist, step: its parameters are artists, learning_rate, "):
+        reproduce.parameters(notebooks / "01-fine-tuning.ipynb", "mini", {"step": 1, "artist": 2, "artists": 3})
+    (notebooks / "params/smoke/01-fine-tuning.yaml").write_text("artits: 1\n")
+    with pytest.raises(ValueError, match="no parameter artits"):
+        reproduce.parameters(notebooks / "01-fine-tuning.ipynb", "smoke", {})
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        *(("n=3", 3), ("n=-2", -2), ("n=1.0e-5", 1.0e-5), ("n=0.5", 0.5), ("n=true", True), ("n=False", False)),
+        *(("n=lora", "lora"), ("n='3'", "3"), ("n=a=b", "a=b"), ("n=style/zazou", "style/zazou"), ("n=[1, 2]", [1, 2])),
+    ],
+)
+def test_assignment_reads_the_value_as_yaml(text, value):
+    name, read = reproduce.assignment(text)
+    assert (name, read, type(read)) == ("n", value, type(value))
+
+
+@pytest.mark.parametrize("text", ["artists", "=3", "two words=3", "1st=3", "n=[1", "n={a"])
+def test_assignment_refuses_anything_else_and_repeats_it(text):
+    with pytest.raises(ArgumentTypeError) as error:
+        reproduce.assignment(text)
+    assert repr(text) in str(error.value)
+
+
+def test_main_runs_the_notebooks_in_order_into_the_folder_of_the_profile(notebooks, executed, tmp_path):
+    reproduce.main(["--profile", "smoke", "-p", "artists=9", "-p", "method=dreambooth"])
+    folder = tmp_path / "runs/executed/smoke"
+    assert [Path(call[0]).name for call in executed] == ["01-fine-tuning.ipynb", "03-extraction.ipynb"]
+    assert [Path(call[1]) for call in executed] == [folder / Path(call[0]).name for call in executed]
+    assert executed[0][2] == {"artists": 9, "learning_rate": 2.0e-4, "quick": True, "method": "dreambooth"}
+    assert executed[1][2] == {"artists": 9, "method": "dreambooth"}
+    assert folder.is_dir()
+
+
+def test_main_in_place_writes_over_the_notebook_itself(notebooks, executed):
+    reproduce.main(["01", "--in-place"])
+    ((source, target, values, _),) = executed
+    assert Path(source) == Path(target) == notebooks / "01-fine-tuning.ipynb"
+    assert values == {}
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["01", "05"], "no notebook 05"),
+        (["--profile", "fast"], "unknown profile 'fast'"),
+        (["--profile", "paper"], "paper has no parameters"),
+        (["01", "03", "-p", "w=3"], "no parameter w"),
+    ],
+)
+def test_main_refuses_what_is_wrong_before_anything_runs(notebooks, executed, words, message):
+    (notebooks / "params/smoke/03-extraction.yaml").write_text("unheard_of: 1\n")
+    with pytest.raises(ValueError, match=message):
+        reproduce.main(words)
+    with pytest.raises(ValueError, match=r"03-extraction\.ipynb has no parameter unheard_of"):
+        reproduce.main(["--profile", "smoke"])  # 01 comes first and is in order
+    assert executed == []
+
+
+def test_main_refuses_a_malformed_parameter_with_usage(notebooks, executed, capsys):
+    with pytest.raises(SystemExit) as error:
+        reproduce.main(["-p", "artists"])
+    assert error.value.code == 2
+    assert "'artists' is not of the form name=value" in capsys.readouterr().err
+    assert executed == []
+
+
+def test_a_notebook_runs_end_to_end_with_its_parameters_in_its_own_folder(notebooks, tmp_path, capsys):
+    reproduce.main(["01", "--profile", "smoke", "-p", "method=dreambooth"])
+    path = tmp_path / "runs/executed/smoke/01-fine-tuning.ipynb"
+    printed = nbformat.read(path, as_version=4).cells[-1].outputs[0].text
+    assert json.loads(printed) == {
+        **{"artists": 1, "rate": 2.0e-4, "method": "dreambooth", "quick": True},
+        "in": str(notebooks),
+    }
+    assert f"01-fine-tuning.ipynb -> {path}" in capsys.readouterr().out
+    source = nbformat.read(notebooks / "01-fine-tuning.ipynb", as_version=4)
+    assert not any(cell.outputs for cell in source.cells), "the notebook itself stays as it is"
+
+
+def test_a_failing_notebook_stops_the_run(notebooks, tmp_path):
+    with pytest.raises(papermill.PapermillExecutionError, match="thirteen is refused"):
+        reproduce.main(["01", "03", "-p", "artists=13"])
+    assert not (tmp_path / "runs/executed/mini/03-extraction.ipynb").exists()
+
+
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")
+def test_command_ends_with_one_line_for_a_wrong_number(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["fx.reproduce", "98"])
+    with pytest.raises(SystemExit) as error:
+        runpy.run_module("fx.reproduce", run_name="__main__")
+    assert error.value.code.startswith("fx.reproduce: no notebook 98: there are")
+    assert "\n" not in error.value.code

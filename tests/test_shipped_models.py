@@ -1,0 +1,85 @@
+"""The shipped weights load with the stock classes and do their work on pictures that no training has seen.
+
+The shipped datasets are not in the pretraining corpus, so they are held-out pictures for all four models.
+"""
+
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline
+from transformers import CLIPModel, CLIPTokenizer
+
+from fx.datasets import load_images, load_item, names, to_uint8
+from fx.mini import clip, sscd, vae
+from fx.models import load_pipeline
+from fx.paths import MODELS
+from fx.similarity import copy_thresholds, load_descriptor
+
+
+@pytest.fixture(scope="module")
+def items():
+    chosen = names("style", limit=6) + names("object", limit=10)
+    return [load_item(name) for name in chosen]
+
+
+@pytest.fixture(scope="module")
+def pictures(items):
+    """Training images of some items, uint8 [n, 3, 64, 64]."""
+    images = torch.cat([load_images(item.training, 64) for item in items])
+    return torch.from_numpy(to_uint8(images)).permute(0, 3, 1, 2)
+
+
+def test_all_weights_together_are_small_and_safe():
+    files = [path for path in MODELS.rglob("*") if path.is_file() and not path.parent.is_symlink()]
+    assert sum(path.stat().st_size for path in files) < 60e6
+    assert {path.suffix for path in files} <= {".safetensors", ".json", ".md"}
+
+
+def test_the_pipeline_is_a_stock_stable_diffusion_pipeline():
+    pipeline = StableDiffusionPipeline.from_pretrained(MODELS / "mini-sd", dtype=torch.float32)
+    assert pipeline.unet.config.cross_attention_dim == pipeline.text_encoder.config.hidden_size
+    assert pipeline.scheduler.config.prediction_type == "epsilon"
+    assert pipeline.scheduler.config.beta_schedule == "scaled_linear"
+    pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
+    image = pipeline("google emoji of red heart", num_inference_steps=2, output_type="np").images
+    assert image.shape == (1, 64, 64, 3)
+    assert np.isfinite(image).all()
+
+
+def test_its_parts_are_the_other_shipped_models():
+    pipeline = load_pipeline("mini-sd")
+    autoencoder = AutoencoderKL.from_pretrained(MODELS / "mini-vae", dtype=torch.float32)
+    text_tower = CLIPModel.from_pretrained(MODELS / "mini-clip", dtype=torch.float32).text_model
+    for part, whole in ((pipeline.vae, autoencoder), (pipeline.text_encoder, text_tower)):
+        assert all(torch.equal(a, b) for a, b in zip(part.parameters(), whole.parameters(), strict=True))
+
+
+def test_reconstructions_look_like_their_originals(pictures):
+    autoencoder = AutoencoderKL.from_pretrained(MODELS / "mini-vae", dtype=torch.float32).eval()
+    assert (
+        vae.psnr(autoencoder, pictures).mean() > 24
+    )  # drawings of unseen artists; notebook 00 has the held-out corpus
+
+
+def test_clip_tells_unseen_objects_apart():
+    model = CLIPModel.from_pretrained(MODELS / "mini-clip", dtype=torch.float32).eval()
+    tokenizer = CLIPTokenizer.from_pretrained(MODELS / "mini-clip")
+    objects = [load_item(name) for name in names("object")]
+    images = torch.cat([load_images(item.training[:1], 64) for item in objects])
+    pixels = torch.from_numpy(to_uint8(images)).permute(0, 3, 1, 2)
+    found = clip.retrieval(model, tokenizer, pixels, [item.caption for item in objects])
+    assert found["recall@5"] > 2 * found["chance@5"]
+    quality = clip.quality_scores(model, tokenizer, pixels)
+    assert quality["clean"] > quality["corrupted"]
+
+
+def test_the_descriptor_recognises_copies_and_not_strangers(items, pictures):
+    network = load_descriptor("mini-sscd")
+    titles = [f"{number} {item.name}" for item in items for number in range(item.n_training)]
+    copies, unrelated = sscd.copy_scores(network, pictures, titles)
+    assert (copies > np.quantile(unrelated, 0.99)).mean() > 0.8
+    assert abs(np.median(unrelated)) < 0.1
+    loose, strict = copy_thresholds("mini-sscd")
+    assert 0 < loose < strict < 1
+    assert (unrelated > loose).mean() < 0.01
+    assert torch.linalg.vector_norm(sscd.describe(network, pictures), dim=1) == pytest.approx(1, abs=1e-5)
