@@ -166,6 +166,9 @@ def test_ties_cut_short_still_remove_a_largest_clique_at_each_step(monkeypatch, 
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         found = largest_cliques(similarity, threshold)
+        order = np.random.default_rng(0).permutation(40)
+        permuted = largest_cliques(similarity[np.ix_(order, order)], threshold)
+    assert renamed(permuted, order) == by_size(found)
     rest = graph(similarity, threshold)
     for clique in found:
         assert all(rest.has_edge(*pair) for pair in itertools.combinations(clique, 2))

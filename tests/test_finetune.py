@@ -321,11 +321,17 @@ def test_impossible_specs_are_refused(spec, method, options, message):
         spec(method, **options)
 
 
-def test_a_wrong_item_or_caption_is_refused_before_any_training(spec, runs, tmp_path, monkeypatch):
-    monkeypatch.setattr(finetune, "train", lambda *_: pytest.fail("training began"))
-    with pytest.raises(FileNotFoundError, match="neither a folder of images nor a shipped item"):
-        results.complete(replace(spec("lora"), item=str(tmp_path / "nowhere")))
-    with pytest.raises(FileNotFoundError, match="unknown model 'no-sd'"):
-        results.complete(spec("lora", base="no-sd"))
-    with pytest.raises(ValueError, match="has 32 tokens, the text encoder reads at most 16"):
-        results.complete(replace(spec("lora"), caption="dog " * 30))
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"item": "style/nobody"}, FileNotFoundError, "neither a folder of images nor a shipped item"),
+        ({"caption": ""}, ValueError, "needs a caption"),
+        ({"base": "no-sd"}, FileNotFoundError, "unknown model 'no-sd'"),
+        ({"caption": "dog " * 30}, ValueError, "has 32 tokens, the text encoder reads at most 16"),
+    ],
+)
+def test_a_wrong_item_caption_or_model_is_refused_before_any_work(spec, runs, changes, error, message):
+    wrong = replace(spec("lora"), **changes)
+    with pytest.raises(error, match=message):
+        results.run([spec("lora"), wrong])
+    assert not runs.exists()  # the first spec of the list was not begun either
