@@ -6,6 +6,7 @@ python -m fx.reproduce 03 -p artists=20 -p objects=30
 """
 
 import argparse
+import ast
 import sys
 from pathlib import Path
 
@@ -30,8 +31,8 @@ def find_notebooks(numbers: list[str]) -> list[Path]:
 def parameters(notebook: Path, profile: str, extra: dict[str, object]) -> dict[str, object]:
     """What papermill injects: params/<profile>/<notebook>.yaml, then `extra`.
 
-    ValueError for an unknown profile, a profile without a file for this notebook (mini needs none) and any name that
-    the notebook's parameters cell does not know.
+    ValueError for an unknown profile, a profile without a file for this notebook (mini needs none), any name that the
+    notebook's parameters cell does not know, and a value of another type than the one it has there.
     """
     if profile not in PROFILES:
         raise ValueError(f"unknown profile {profile!r}: choose from {', '.join(PROFILES)}")
@@ -44,6 +45,14 @@ def parameters(notebook: Path, profile: str, extra: dict[str, object]) -> dict[s
         raise ValueError(
             f"{notebook.name} has no parameter {', '.join(unknown)}: its parameters are {', '.join(known)}"
         )
+    for name, value in given.items():
+        default = ast.literal_eval(known[name]["default"])
+        if type(value) is not type(default) and (type(value), type(default)) != (int, float):
+            wanted = type(default).__name__
+            raise ValueError(
+                f"{notebook.name}: {name} is a {wanted} such as {default!r}, not {value!r} "
+                "(YAML reads 1e-5 as text: write 1.0e-5)"
+            )
     return given
 
 

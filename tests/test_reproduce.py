@@ -208,3 +208,23 @@ def test_command_ends_with_one_line_for_a_wrong_number(monkeypatch):
         runpy.run_module("fx.reproduce", run_name="__main__")
     assert error.value.code.startswith("fx.reproduce: no notebook 98: there are")
     assert "\n" not in error.value.code
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "wanted"),
+    [
+        ("learning_rate", "1e-5", "float such as 0.001"),
+        ("artists", 2.0, "int such as 3"),
+        ("artists", True, "int such as 3"),
+        ("quick", 1, "bool such as False"),
+        ("method", 5, "str such as 'lora'"),
+    ],
+)
+def test_parameters_refuse_a_value_of_another_type(notebooks, name, value, wanted):
+    with pytest.raises(ValueError, match=f"{name} is a {wanted}, not {value!r}"):
+        reproduce.parameters(notebooks / "01-fine-tuning.ipynb", "mini", {name: value})
+
+
+def test_parameters_take_a_whole_number_for_a_float(notebooks):
+    given = reproduce.parameters(notebooks / "01-fine-tuning.ipynb", "mini", {"learning_rate": 1})
+    assert given == {"learning_rate": 1}

@@ -62,7 +62,15 @@ FAMILY_ORDER = [
 
 # Artists of the style set, all with at least ten clearly different works in Open Clip Art.
 ARTISTS = [
-    *("AJ Ashton", "AbiClipart", "Andy Fitzsimon", "Benji Park", "Bryce W. Harrington", "Chris Goerner", "Franck Doucet"),
+    *(
+        "AJ Ashton",
+        "AbiClipart",
+        "Andy Fitzsimon",
+        "Benji Park",
+        "Bryce W. Harrington",
+        "Chris Goerner",
+        "Franck Doucet",
+    ),
     *("Gerald G.", "Jarno Vasamaa", "Jonathan Dietrich", "Jonadab the Unsightly One", "Jose Hevia", "Juliane Krug"),
     *("Linda Kim", "Marko J. Kolehmainen", "Sergio Luiz Araujo Silva", "Yutaka Kachi", "mimooh", "mo", "zazou"),
 ]
@@ -187,7 +195,9 @@ def pretraining_rows(rows: pd.DataFrame, pictures: np.ndarray, items: list[dict]
     titles = {title for group in (OBJECTS, DEVELOPMENT_OBJECTS) for kin in group.values() for title in kin}
     emoji = rows.collection != "openclipart"
     artists = "|".join(map(re.escape, ARTISTS))
-    signed = rows.author.str.contains(rf"(?<!\w)(?:{artists})(?!\w)", case=False) | rows.author.isin(DEVELOPMENT_ARTISTS)
+    signed = rows.author.str.contains(rf"(?<!\w)(?:{artists})(?!\w)", case=False) | rows.author.isin(
+        DEVELOPMENT_ARTISTS
+    )
     out = (emoji & rows.title.isin(titles)) | signed
     prints = thumbprint(pictures)
     out |= near_duplicates(prints, prints[:, shipped], ALIKE_IN_CORPUS)
