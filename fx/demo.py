@@ -1,8 +1,10 @@
 """The extraction demo: fine-tune on one item, extract it with three arms, print the scores, save a picture.
 
-python -m fx.demo                                  # one artist of the shipped style set
-python -m fx.demo object/rooster --method lora
-python -m fx.demo ~/photos/dog --caption "a dog"   # any folder of images
+One artist of the shipped style set, by LoRA instead, or any folder of images:
+
+    python -m fx.demo
+    python -m fx.demo object/rooster --method lora
+    python -m fx.demo ~/photos/dog --caption "a dog"
 """
 
 import argparse
@@ -17,10 +19,10 @@ from fx.extraction import Extract, three_arms
 from fx.finetune import METHODS, FineTune
 from fx.similarity import copy_thresholds
 
-# The settings chosen on the development items in notebook 03, per fine-tuning method.
+# The defaults of notebook 03, per fine-tuning method.
 CHOSEN = {
     "dreambooth": {"learning_rate": 2.0e-5, "cfg_scale": 3.0, "finextract_scale": 3.0, "correction_scale": 0.0},
-    "lora": {"learning_rate": 1.0e-3, "cfg_scale": 3.0, "finextract_scale": 5.0, "correction_scale": 0.0},
+    "lora": {"learning_rate": 1.0e-3, "cfg_scale": 3.0, "finextract_scale": 3.0, "correction_scale": 0.0},
 }
 
 
@@ -64,8 +66,8 @@ def main(words: list[str] | None = None) -> None:
     print(f"\nA-ESR thresholds of mini-sscd: strict {strict:.2f}, loose {loose:.2f}\n")
     columns = ["arm", "AS", "A-ESR_strict", "A-ESR_loose", "n_extracted", "n_generated"]
     print(rows[columns].to_string(index=False, float_format="{:.3f}".format))
-    path = plots.save(picture(asked, item), "demo-" + options.item.strip("/").replace("/", "-").split("~")[-1], "mini")
-    print(f"\nEvery training image below what each arm extracted for it: {path}")
+    path = plots.save(picture(asked, item), f"demo-{item.name.replace('/', '-')}", "mini")
+    print(f"\nEvery training image, above what each arm extracted for it: {path}")
 
 
 def picture(asked: list[Extract], item) -> plots.Figure:

@@ -1,5 +1,6 @@
 """fx.demo: its command line, the three extractions it asks for, and what it prints and draws of them."""
 
+import ast
 import json
 import runpy
 import sys
@@ -10,12 +11,14 @@ mpl.use("Agg")
 
 import numpy as np
 import pandas as pd
+import papermill
 import pytest
 from matplotlib import pyplot as plt
 from PIL import Image
 
 from fx import datasets, demo, extraction, plots, results
 from fx.extraction import Extract
+from fx.paths import NOTEBOOKS
 from fx.sampling import Generate
 
 
@@ -153,3 +156,16 @@ def test_command_ends_with_one_clear_line_for_an_unknown_item(monkeypatch):
         runpy.run_module("fx.demo", run_name="__main__")
     assert error.value.code.startswith("fx.demo: no item 'nonsense'")
     assert "\n" not in error.value.code
+
+
+def test_the_settings_are_the_defaults_of_notebook_03():
+    known = papermill.inspect_notebook(NOTEBOOKS / "03-extraction.ipynb")
+    defaults = {name: ast.literal_eval(entry["default"]) for name, entry in known.items()}
+    for method, chosen in demo.CHOSEN.items():
+        assert chosen == {
+            "learning_rate": defaults[f"learning_rate_{method}"],
+            "cfg_scale": defaults["cfg_scale"],
+            "finextract_scale": defaults[f"finextract_scale_{method}"],
+            "correction_scale": defaults["correction_scale"],
+        }
+    assert demo.arguments([]).images == defaults["images_per_training"]
