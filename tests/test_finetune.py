@@ -259,21 +259,20 @@ def test_defenses_train_and_are_fixed_by_the_seed(spec, trained, transform):
 
 
 @pytest.mark.parametrize("method", finetune.METHODS)
-def test_the_saved_model_predicts_what_was_trained(spec, runs, trained, tiny_sd, method):
+def test_the_saved_model_predicts_what_was_trained(spec, runs, fresh, pictures, tiny_sd, tmp_path, method):
     """The LoRA has alpha 6 at rank 2: loaded with any other alpha it would predict something else."""
-    asked = spec(method, learning_rate=2e-2)
+    asked, pipeline = spec(method, learning_rate=2e-2), fresh()
     folder = results.complete(asked)
-    weights, losses = trained(asked)
+    text = encode_caption(pipeline, "a dog")
+    losses = finetune.train(pipeline, pictures, text, asked, tmp_path)
     assert np.array_equal(np.load(folder / "losses.npy"), losses)
     assert json.loads((folder / "item.json").read_text()) == {"caption": "a dog", "n_training": 4}
     assert not (runs / "scratch" / folder.name).exists()
     pair = load_pair(str(tiny_sd), folder)
-    unet = copy.deepcopy(pair.base_unet or pair.pipeline.unet)
-    unet.load_state_dict(weights)
-    x, t, text = torch.randn(2, 4, 4, 4), torch.tensor(300), encode_caption(pair.pipeline, "a dog")
+    x, t = torch.randn(2, 4, 4, 4, generator=torch.Generator().manual_seed(0)), torch.tensor(300)
     with torch.no_grad():
         found, base = pair.tuned(x, t, text), pair.base(x, t, text)
-        assert torch.allclose(found, unet(x, t, text.repeat(2, 1, 1)).sample, atol=1e-5)
+        assert torch.allclose(found, pipeline.unet(x, t, text.repeat(2, 1, 1)).sample, atol=1e-5)
     assert (found - base).abs().max() > 1e-2
 
 
@@ -297,6 +296,15 @@ def test_the_digest_follows_images_caption_and_base_model(spec, picture_folder, 
     digests.append(asked())
     assert len(set(digests)) == len(digests)
     assert digests[-1] == asked()
+
+
+def test_the_digest_follows_the_caption_that_a_shipped_item_brings_along(spec, monkeypatch):
+    asked = replace(spec("dreambooth"), item="style/mimooh", caption="")
+    item, digests = load_item("style/mimooh", "one"), []
+    for caption in ("one", "two"):
+        monkeypatch.setattr(finetune, "load_item", lambda *_, caption=caption: replace(item, caption=caption))
+        digests.append(results.digest(asked))
+    assert digests[0] != digests[1]
 
 
 @pytest.mark.parametrize(

@@ -199,9 +199,8 @@ def test_image_i_owns_its_starting_latent():
     assert (all_of_them.shape, all_of_them.dtype) == ((12, *SHAPE), torch.float32)
     assert torch.equal(sampling.starting_latents(SHAPE, 3, 5, 9), all_of_them[5:9])
     assert torch.equal(sampling.starting_latents(SHAPE, 3, 11, 12), all_of_them[11:])
-    assert (
-        not torch.isclose(sampling.starting_latents(SHAPE, 4, 0, 12), all_of_them, atol=1e-4).all(dim=(1, 2, 3)).any()
-    )
+    both_seeds = torch.cat([all_of_them, sampling.starting_latents(SHAPE, 4, 0, 12)])
+    assert len(both_seeds.unique(dim=0)) == 24
 
 
 def test_starting_latents_are_independent_standard_normal():
@@ -239,13 +238,13 @@ def test_finished_batches_are_not_sampled_again(pair, tmp_path, monkeypatch):
 
     def counted(pair, predict, first, last, *rest):
         if len(ranges) == 2:
-            raise KeyboardInterrupt
+            raise RuntimeError("killed")
         ranges.append((first, last))
         return sample_batch(pair, predict, first, last, *rest)
 
     with monkeypatch.context() as patched:
         patched.setattr(sampling, "_sample_batch", counted)
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(RuntimeError, match="killed"):
             sampling.sample(pair, CAPTION, **options)
         assert ranges == [(0, 2), (2, 4)]
         ranges[:] = ["as if one batch were done"]

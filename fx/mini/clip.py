@@ -19,10 +19,17 @@ from fx.mini.pictures import corrupt, jitter, to_float
 MAX_TOKENS = 32
 VOCABULARY = 4096
 GOOD, BAD = "a good picture", "a bad picture"  # CLIP-IQA's antonym prompts
+FREQUENT = ["art style of", "a good picture of", "a bad picture of"]  # words of many prompts, whatever the captions say
 
 
 def train_tokenizer(captions: list[str], folder: Path) -> CLIPTokenizer:
-    """Learn a byte-pair vocabulary with CLIP's own normalisation and splitting; save it to `folder`."""
+    """Learn a byte-pair vocabulary with CLIP's own normalisation and splitting; save it to `folder`.
+
+    One that lies there already is kept: token numbers can differ between two trainings on the same captions, and the
+    model's weights belong to one of them.
+    """
+    if (folder / "tokenizer.json").exists():
+        return CLIPTokenizer.from_pretrained(folder)
     clip = CLIPTokenizer().backend_tokenizer
     bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>", unk_token="<|endoftext|>"))
     bpe.normalizer, bpe.pre_tokenizer = clip.normalizer, clip.pre_tokenizer
@@ -34,7 +41,7 @@ def train_tokenizer(captions: list[str], folder: Path) -> CLIPTokenizer:
         show_progress=False,
     )
     every_letter_ends_a_word = " ".join(map(chr, range(33, 256)))
-    bpe.train_from_iterator([*captions, every_letter_ends_a_word], trainer)
+    bpe.train_from_iterator([*captions, *50 * FREQUENT, every_letter_ends_a_word], trainer)
     folder.mkdir(parents=True, exist_ok=True)
     vocabulary, merges = (Path(path) for path in bpe.model.save(str(folder)))
     tokenizer = CLIPTokenizer(
