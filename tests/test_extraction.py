@@ -38,25 +38,30 @@ def test_three_arms_share_everything_but_the_guidance():
     assert {(s.loose, s.strict) for s in (direct, cfg, finextract)} == {copy_thresholds("mini-sscd")}
 
 
-def place_images(spec: Generate, images: np.ndarray, monkeypatch):
-    """Let `images` be what `spec` generated."""
+@pytest.fixture
+def place_images(runs):
+    """A function that lets given images be what a spec generated."""
+    original = results.perform.dispatch(Generate)
 
-    def perform(asked, folder):
-        assert asked == spec
-        np.save(folder / "images.npy", images)
+    def place(spec: Generate, images: np.ndarray) -> None:
+        def perform(asked, folder):
+            assert asked == spec
+            np.save(folder / "images.npy", images)
 
-    monkeypatch.setitem(results.perform.registry, Generate, perform)
-    results.perform._clear_cache()
+        results.perform.register(Generate, perform)
+
+    yield place
+    results.perform.register(Generate, original)
 
 
-def test_generated_copies_of_the_training_images_are_all_extracted(runs, monkeypatch):
+def test_generated_copies_of_the_training_images_are_all_extracted(place_images):
     item = load_item(TUNED.item)
     training = load_images(item.training, 64)
     rng = np.random.default_rng(0)
     pixels = ((training.permute(0, 2, 3, 1).numpy() + 1) * 127.5).round()
     copies = np.concatenate([pixels] * 5) + rng.normal(0, 4, (5 * len(pixels), 64, 64, 3))
     generate = Generate(TUNED, images_per_training=5, steps=2)
-    place_images(generate, copies.clip(0, 255).astype(np.uint8), monkeypatch)
+    place_images(generate, copies.clip(0, 255).astype(np.uint8))
     spec = Extract(generate, strict=0.8, loose=0.7, rule="tightest")
     folder = results.complete(spec)
     matches = json.loads((folder / "matches.json").read_text())
@@ -68,10 +73,10 @@ def test_generated_copies_of_the_training_images_are_all_extracted(runs, monkeyp
     assert scores["n_generated"] == len(copies)
 
 
-def test_scores_equal_a_computation_by_hand(runs, monkeypatch):
+def test_scores_equal_a_computation_by_hand(place_images):
     images = np.random.default_rng(1).integers(0, 256, (12, 64, 64, 3)).astype(np.uint8)
     generate = Generate(TUNED, images_per_training=3, steps=2)
-    place_images(generate, images, monkeypatch)
+    place_images(generate, images)
     folder = results.complete(spec := Extract(generate, strict=0.3, loose=0.1))
     scores = json.loads((folder / "scores.json").read_text())
     matches = json.loads((folder / "matches.json").read_text())
