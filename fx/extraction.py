@@ -104,7 +104,7 @@ def method_pictures(spec: Extract, n: int = 4) -> dict[str, np.ndarray]:
     common = {"n": n, "w": 1.0, "steps": spec.generate.steps, "seed": spec.generate.seed}
     base = load_pipeline(finetune.base)
     return {
-        "base": sample(ModelPair(base, base.unet), item.caption, arm="direct", **common),
+        "base": sample(ModelPair(base, base), item.caption, arm="direct", **common),
         "tuned": sample(pair, item.caption, arm="direct", **common),
         "generated": generated[:n],
         "clique": generated[largest],

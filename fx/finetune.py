@@ -19,7 +19,8 @@ from tqdm import tqdm
 from fx import results
 from fx.datasets import load_images, load_item
 from fx.defenses import TRANSFORMS
-from fx.models import LORA_FILE, check_caption, encode_caption, load_pipeline, load_tokenizer, model_folder
+from fx.families import Condition, check_tokens, denoise, encode, image_size, prediction_type
+from fx.models import LORA_FILE, load_pipeline, load_tokenizer, model_folder
 
 METHODS = ("dreambooth", "lora")
 LORA_LAYERS = ["to_q", "to_k", "to_v", "to_out.0"]  # of self- and cross-attention
@@ -64,7 +65,8 @@ class FineTune:
 @results.inputs.register
 def _(spec: FineTune) -> dict[str, str]:
     item = load_item(spec.item, spec.caption)
-    check_caption(load_tokenizer(spec.base), item.caption)
+    tokenizer = load_tokenizer(spec.base)
+    check_tokens(tokenizer, item.caption, tokenizer.model_max_length)
     images = {f"image {number}": results.sha256_of(path) for number, path in enumerate(item.training)}
     return {"base": results.sha256_of(model_folder(spec.base)), "caption": item.caption, **images}
 
@@ -74,9 +76,9 @@ def _(spec: FineTune, folder: Path) -> None:
     """Write the fine-tuned U-Net (DreamBooth) or the LoRA, both in diffusers' layout, and losses.npy."""
     item = load_item(spec.item, spec.caption)
     pipeline = load_pipeline(spec.base)
-    text = encode_caption(pipeline, item.caption)
-    images = load_images(item.training, resolution(pipeline))
-    losses = train(pipeline, images, text, spec, results.scratch(spec))
+    condition = encode(pipeline, item.caption)
+    images = load_images(item.training, image_size(pipeline))
+    losses = train(pipeline, images, condition, spec, results.scratch(spec))
     np.save(folder / "losses.npy", losses)
     (folder / "item.json").write_text(json.dumps({"caption": item.caption, "n_training": item.n_training}))
     if spec.method == "lora":
@@ -89,21 +91,21 @@ def _(spec: FineTune, folder: Path) -> None:
         pipeline.unet.save_pretrained(folder / "unet")
 
 
-def resolution(pipeline: StableDiffusionPipeline) -> int:
-    """The side in pixels of the images a pipeline makes."""
-    return pipeline.unet.config.sample_size * pipeline.vae_scale_factor
-
-
-def train(pipeline: StableDiffusionPipeline, images: Tensor, text: Tensor, spec: FineTune, scratch: Path) -> np.ndarray:
+def train(
+    pipeline: StableDiffusionPipeline, images: Tensor, condition: Condition, spec: FineTune, scratch: Path
+) -> np.ndarray:
     """Fine-tune `pipeline.unet` in place on images [n0, 3, h, w]; the loss of every step, float32 [steps].
 
-    Killed and called again with the same `scratch`, it goes on from its last checkpoint with the same result: the
-    draws of each step come from their own seed.
+    The network learns what it predicts: eps, x0 or v; ValueError for a flow model. Killed and called again with the same
+    `scratch`, it goes on from its last checkpoint with the same result: the draws of each step come from their own seed.
     """
+    noising = DDPMScheduler.from_config(pipeline.scheduler.config)
+    targets = {"epsilon": lambda x0, eps, t: eps, "sample": lambda x0, eps, t: x0, "v_prediction": noising.get_velocity}
+    if (kind := prediction_type(pipeline)) not in targets:
+        raise ValueError(f"fx fine-tunes models that predict {', '.join(targets)}, not {kind}")
     unet = pipeline.unet
     trained = trained_parameters(pipeline, spec)
     optimizer = torch.optim.AdamW(trained, lr=spec.learning_rate, weight_decay=0.01, fused=True)
-    noising = DDPMScheduler.from_config(pipeline.scheduler.config)
     latents = latent_source(pipeline, images, spec.transform)
     losses = np.zeros(-(-spec.steps_per_image * len(images) // spec.batch_size), np.float32)
     start = _resume(scratch, trained, optimizer, losses)
@@ -114,8 +116,8 @@ def train(pipeline: StableDiffusionPipeline, images: Tensor, text: Tensor, spec:
         x0 = latents(torch.randint(len(images), (spec.batch_size,)))
         t = torch.randint(noising.config.num_train_timesteps, (len(x0),)).to(x0.device)
         eps = torch.randn(x0.shape).to(x0.device)
-        predicted = unet(noising.add_noise(x0, eps, t), t, text.expand(len(x0), -1, -1)).sample
-        loss = F.mse_loss(predicted, eps)
+        predicted = denoise(unet, noising.add_noise(x0, eps, t), t, condition)
+        loss = F.mse_loss(predicted, targets[kind](x0, eps, t))
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()

@@ -81,6 +81,27 @@ def scores_by_arm(rows: pd.DataFrame, score: str = "AS", block: str = "block") -
     return figure
 
 
+def score_curves(rows: pd.DataFrame, x: str, score: str = "AS", block: str = "method") -> Figure:
+    """Mean score over a setting `x`, one panel per block, one line per guided arm with its 95% bootstrap interval.
+
+    Rows of the arm direct, which has no such setting, are a dashed line at their mean.
+    """
+    blocks = list(dict.fromkeys(rows[block]))
+    figure, axes = plt.subplots(1, len(blocks), figsize=(3.6 * len(blocks), 2.6), sharey=True, squeeze=False)
+    arms = [arm for arm in ARM_COLOURS if arm in set(rows.arm) and arm != "direct"]
+    for axis, name in zip(axes[0], blocks, strict=True):
+        shown = rows[rows[block] == name]
+        common = {"hue": "arm", "hue_order": arms, "palette": ARM_COLOURS, "legend": name == blocks[-1]}
+        guided = shown[shown.arm != "direct"]
+        sns.lineplot(guided, x=x, y=score, marker="o", errorbar=("ci", 95), seed=0, ax=axis, **common)
+        if (direct := shown[shown.arm == "direct"][score]).size:
+            axis.axhline(direct.mean(), color=ARM_COLOURS["direct"], linestyle="--", label="direct")
+        axis.set(title=name, xlabel=x.replace("_", " "))
+    handles, labels = axis.get_legend_handles_labels()
+    axis.legend(handles, [ARM_LABELS[label] for label in labels], loc="upper left", bbox_to_anchor=(1, 1))
+    return figure
+
+
 def method_drawing(pictures: dict[str, np.ndarray]) -> Figure:
     """The paper's Fig. 2 with pictures of a run: theta and theta' -> model guidance -> generated -> cliques -> extracted.
 

@@ -14,8 +14,9 @@ from torch.func import functional_call
 
 from fx import finetune, results
 from fx.datasets import load_images, load_item
+from fx.families import encode
 from fx.finetune import FineTune
-from fx.models import LORA_FILE, encode_caption, load_pair
+from fx.models import LORA_FILE, load_pair
 
 WEIGHTS = {"dreambooth": "unet/diffusion_pytorch_model.safetensors", "lora": LORA_FILE}
 PROJECTIONS = ("to_q", "to_k", "to_v", "to_out.0")
@@ -59,7 +60,7 @@ def trained(fresh, pictures, tmp_path):
     def run(spec: FineTune, images: torch.Tensor = pictures, scratch: str = "scratch"):
         pipeline, folder = fresh(), tmp_path / scratch
         folder.mkdir(exist_ok=True)
-        losses = finetune.train(pipeline, images, encode_caption(pipeline, spec.caption), spec, folder)
+        losses = finetune.train(pipeline, images, encode(pipeline, spec.caption), spec, folder)
         return pipeline.unet.state_dict(), losses
 
     return run
@@ -104,8 +105,9 @@ def twin_loss(pipeline, values: dict, pictures, text, spec: FineTune, step: int)
     kept = np.cumprod(1 - np.linspace(0.00085**0.5, 0.012**0.5, T) ** 2)[t.numpy()]  # alpha-bar
     kept = torch.tensor(kept, dtype=torch.float32)[:, None, None, None]
     x_t = kept.sqrt() * x0 + (1 - kept).sqrt() * eps
-    predicted = twin_noise_prediction(pipeline.unet, values, spec.alpha, x_t, t, text.repeat(len(t), 1, 1))
-    return ((predicted - eps) ** 2).mean()
+    predicted = twin_noise_prediction(pipeline.unet, values, spec.alpha, x_t, t, text.text.repeat(len(t), 1, 1))
+    wanted = {"epsilon": eps, "sample": x0, "v_prediction": kept.sqrt() * eps - (1 - kept).sqrt() * x0}
+    return ((predicted - wanted[pipeline.scheduler.config.prediction_type]) ** 2).mean()
 
 
 def twin_training(pipeline, values: dict, pictures, text, spec: FineTune, steps: int) -> list[float]:
@@ -131,13 +133,31 @@ def test_dreambooth_is_adamw_on_every_weight(spec, fresh, pictures, trained):
     asked = spec("dreambooth", steps_per_image=1)  # two steps of two images
     pipeline = fresh()
     values = {name: value.detach().clone() for name, value in pipeline.unet.named_parameters()}
-    losses = twin_training(pipeline, values, pictures, encode_caption(pipeline, "a dog"), asked, steps=2)
+    losses = twin_training(pipeline, values, pictures, encode(pipeline, "a dog"), asked, steps=2)
     weights, found = trained(asked)
     assert np.allclose(found, losses, rtol=1e-4)
     assert weights.keys() == values.keys()
     for name, value in values.items():
         assert torch.allclose(weights[name], value, rtol=0, atol=2e-5), name
         assert not torch.equal(weights[name], pipeline.unet.state_dict()[name]), name
+
+
+@pytest.mark.parametrize("kind", ["sample", "v_prediction"])
+def test_a_model_learns_what_it_predicts(spec, fresh, pictures, kind, tmp_path):
+    asked = spec("dreambooth", steps_per_image=1)
+    twin, pipeline = fresh(), fresh()
+    for one in (twin, pipeline):
+        one.scheduler = type(one.scheduler).from_config(one.scheduler.config, prediction_type=kind)
+    values = {name: value.detach().clone() for name, value in twin.unet.named_parameters()}
+    expected = twin_training(twin, values, pictures, encode(twin, "a dog"), asked, steps=2)
+    found = finetune.train(pipeline, pictures, encode(pipeline, "a dog"), asked, tmp_path)
+    assert np.allclose(found, expected, rtol=1e-4)
+
+
+def test_a_flow_model_is_refused_before_training(spec, fresh, pictures, tmp_path, monkeypatch):
+    monkeypatch.setattr(finetune, "prediction_type", lambda pipeline: "flow_prediction")
+    with pytest.raises(ValueError, match="models that predict epsilon, sample, v_prediction, not flow_prediction"):
+        finetune.train(fresh(), pictures, None, spec("dreambooth"), tmp_path)
 
 
 def test_lora_is_adamw_on_a_low_rank_addition_and_leaves_the_base_weights_alone(spec, fresh, pictures, trained):
@@ -149,7 +169,7 @@ def test_lora_is_adamw_on_a_low_rank_addition_and_leaves_the_base_weights_alone(
     parts = {"down": "lora_A.default.weight", "up": "lora_B.default.weight"}
     values = {(name, part): start[f"{name}.{key}"].clone() for name in targets for part, key in parts.items()}
     assert len(values) == len(start)
-    losses = twin_training(pipeline, values, pictures, encode_caption(pipeline, "a dog"), asked, steps=4)
+    losses = twin_training(pipeline, values, pictures, encode(pipeline, "a dog"), asked, steps=4)
     weights, found = trained(asked)
     assert np.allclose(found, losses, rtol=1e-4)
     for (name, part), value in values.items():
@@ -272,7 +292,7 @@ def test_the_saved_model_predicts_what_was_trained(spec, runs, fresh, pictures, 
     """The LoRA has alpha 6 at rank 2: loaded with any other alpha it would predict something else."""
     asked, pipeline = spec(method, learning_rate=2e-2), fresh()
     folder = results.complete(asked)
-    text = encode_caption(pipeline, "a dog")
+    text = encode(pipeline, "a dog")
     losses = finetune.train(pipeline, pictures, text, asked, tmp_path)
     assert np.array_equal(np.load(folder / "losses.npy"), losses)
     assert json.loads((folder / "item.json").read_text()) == {"caption": "a dog", "n_training": 4}
@@ -280,8 +300,8 @@ def test_the_saved_model_predicts_what_was_trained(spec, runs, fresh, pictures, 
     pair = load_pair(str(tiny_sd), folder)
     x, t = torch.randn(2, 4, 4, 4, generator=torch.Generator().manual_seed(0)), torch.tensor(300)
     with torch.no_grad():
-        found, base = pair.tuned(x, t, text), pair.base(x, t, text)
-        assert torch.allclose(found, pipeline.unet(x, t, text.repeat(2, 1, 1)).sample, atol=1e-5)
+        found, base = (pair.predict(model, x, t, text) for model in ("tuned", "base"))
+        assert torch.allclose(found, pipeline.unet(x, t, text.text.repeat(2, 1, 1)).sample, atol=1e-5)
     assert (found - base).abs().max() > 1e-2
 
 

@@ -1,6 +1,7 @@
 """Guidance: the printed equations, their limits and what they do to affine maps."""
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -84,3 +85,93 @@ def test_affine_maps_commute_with_guidance_but_for_the_correction_term(first, se
     k = -0.02
     corrected = guidance.finextract(mapped(first), mapped(second), w, k)
     assert close(corrected, mapped(guidance.finextract(first, second, w, k)) + k * shift)
+
+
+# parametrisations
+
+POINTS = {  # alpha, sigma: three of a variance-preserving schedule, three of a flow
+    "vp": [(0.9**0.5, 0.1**0.5), (0.5**0.5, 0.5**0.5), (0.005**0.5, 0.995**0.5)],
+    "flow": [(0.9, 0.1), (0.5, 0.5), (0.02, 0.98)],
+}
+KINDS = [("epsilon", "vp"), ("sample", "vp"), ("v_prediction", "vp"), ("flow_prediction", "flow")]
+CASES = [(kind, *point) for kind, schedule in KINDS for point in POINTS[schedule]]
+
+
+def defined(kind: str, x0: torch.Tensor, eps: torch.Tensor, alpha: float, sigma: float) -> torch.Tensor:
+    """What a network of this type learns to predict, from the definitions."""
+    return {
+        "epsilon": eps,
+        "sample": x0,
+        "v_prediction": alpha * eps - sigma * x0,
+        "flow_prediction": eps - x0,
+    }[kind]
+
+
+def point(alpha: float, sigma: float, seed: int = 0) -> tuple[torch.Tensor, ...]:
+    """x0, eps and x = alpha x0 + sigma eps."""
+    generator = torch.Generator().manual_seed(seed)
+    x0, eps = (torch.randn(2, 3, 2, 2, generator=generator, dtype=torch.float64) for _ in range(2))
+    return x0, eps, alpha * x0 + sigma * eps
+
+
+@pytest.mark.parametrize(("kind", "alpha", "sigma"), CASES)
+def test_every_type_is_converted_to_eps_and_back(kind, alpha, sigma):
+    x0, eps, x = point(alpha, sigma)
+    prediction = defined(kind, x0, eps, alpha, sigma)
+    assert close(guidance.to_epsilon(prediction, kind, x, alpha, sigma), eps)
+    assert close(guidance.from_epsilon(eps, kind, x, alpha, sigma), prediction)
+
+
+@pytest.mark.parametrize(("kind", "alpha", "sigma"), CASES)
+@pytest.mark.parametrize("k", [0.0, -0.02, 0.3])
+def test_eq_13_on_any_type_is_eq_13_on_eps(kind, alpha, sigma, k):
+    _, first, x = point(alpha, sigma)
+    second = point(alpha, sigma, seed=1)[1]  # two predictions of the noise in the same x
+    predictions = [guidance.from_epsilon(eps, kind, x, alpha, sigma) for eps in (first, second)]
+    found = guidance.finextract(*predictions, 3.0, k, kind, x, alpha, sigma)
+    eps = second + 2 * (second - first) + k * first
+    assert close(guidance.to_epsilon(found, kind, x, alpha, sigma), eps)
+    for combine in (guidance.model_guidance, guidance.classifier_free_guidance, guidance.conditional_only):
+        assert close(
+            guidance.to_epsilon(combine(*predictions, 3.0), kind, x, alpha, sigma), second + 2 * (second - first)
+        )
+
+
+@pytest.mark.parametrize(("kind", "alpha", "sigma"), CASES)
+def test_the_noise_term_is_what_a_prediction_grows_by_when_eps_doubles(kind, alpha, sigma):
+    _, eps, x = point(alpha, sigma)
+    once, twice = (guidance.from_epsilon(factor * eps, kind, x, alpha, sigma) for factor in (1, 2))
+    assert close(guidance.noise_term(once, kind, x, alpha, sigma), twice - once)
+
+
+def test_v_and_flow_are_finite_where_the_network_is_asked_for_pure_noise():
+    x = prediction = torch.ones(1, 1, 2, 2)
+    assert torch.equal(guidance.to_epsilon(prediction, "v_prediction", x, 0.0, 1.0), x)
+    assert torch.equal(guidance.to_epsilon(prediction, "flow_prediction", x, 0.0, 1.0), x)
+    assert torch.equal(guidance.finextract(prediction, prediction, 3.0, 0.0, "v_prediction", x, 0.0, 1.0), prediction)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (
+            lambda p: guidance.to_epsilon(p, "eps", p, 0.5, 0.5),
+            "unknown prediction type 'eps': choose from epsilon, sample",
+        ),
+        (lambda p: guidance.from_epsilon(p, "velocity", p, 0.5, 0.5), "unknown prediction type 'velocity'"),
+        (lambda p: guidance.finextract(p, p, 3.0, 0.0, "x0"), "unknown prediction type 'x0'"),
+        (
+            lambda p: guidance.finextract(p, p, 3.0, 0.1, "v_prediction"),
+            "v_prediction takes x, alpha and sigma",
+        ),
+        (lambda p: guidance.finextract(p, p, 3.0, 0.1, "v_prediction", p, 0.0, 1.0), r"at alpha = 0 .*use k = 0"),
+        (
+            lambda p: guidance.from_epsilon(p, "v_prediction", p, 0.0, 1.0),
+            "at alpha = 0 no v_prediction follows from eps",
+        ),
+        (lambda p: guidance.to_epsilon(p, "sample", p, 1.0, 0.0), "says nothing about eps at sigma = 0"),
+    ],
+)
+def test_what_has_no_answer_is_refused(call, message):
+    with pytest.raises(ValueError, match=message):
+        call(torch.ones(1, 1, 2, 2))

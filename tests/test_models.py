@@ -7,9 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import DDIMScheduler, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 
-from fx import models
+from fx import checkpoints, models
+from fx.families import Condition, encode
+from fx.sampling import ARMS
 
 RANK = 2
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -48,31 +51,33 @@ def lora_pair(tiny_sd, lora_folder) -> models.ModelPair:
 
 
 @pytest.fixture(scope="module")
-def asked(tiny_pipeline) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def asked(tiny_pipeline) -> tuple[torch.Tensor, torch.Tensor, Condition]:
     """Three latents, a timestep and an encoded caption."""
     x = torch.randn(3, 4, 4, 4, generator=torch.Generator().manual_seed(3))
-    return x, torch.tensor(500), models.encode_caption(tiny_pipeline, "a dog")
+    return x, torch.tensor(500), encode(tiny_pipeline, "a dog")
 
 
 def plain(unet, asked) -> torch.Tensor:
     """The noise prediction of diffusers' U-Net itself."""
     x, t, text = asked
     with torch.no_grad():
-        return unet(x, t, text.repeat(len(x), 1, 1)).sample
+        return unet(x, t, text.text.repeat(len(x), 1, 1)).sample
 
 
 # loading
 
 
 def test_an_unknown_model_is_refused_with_the_shipped_ones(tmp_path, monkeypatch):
-    monkeypatch.setattr(models, "MODELS", tmp_path)
+    monkeypatch.setattr(checkpoints, "MODELS", tmp_path)
     with pytest.raises(FileNotFoundError, match=r"'nothing': .*shipped models: none"):
         models.model_folder("nothing")
     for name in ("b-sd", "a-sd"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "model_index.json").write_text("{}")
     (tmp_path / "mini-vae").mkdir()
-    with pytest.raises(FileNotFoundError, match=r"'mini-vae': .*shipped models: a-sd, b-sd$"):
+    with pytest.raises(FileNotFoundError, match=r"'none': .*shipped models: a-sd, b-sd\)$"):
+        models.model_folder("none")
+    with pytest.raises(FileNotFoundError, match="mini-vae holds no model"):
         models.model_folder("mini-vae")
     assert models.model_folder("a-sd") == tmp_path / "a-sd"
 
@@ -132,14 +137,14 @@ def test_a_fine_tuned_model_with_a_pickle_is_refused(tiny_sd, tuned_folder, lora
 def test_captions_are_encoded_as_the_pipeline_does(tiny_pipeline, caption):
     expected, empty = tiny_pipeline.encode_prompt(caption, tiny_pipeline.device, 1, True)
     assert expected.shape == (1, 16, 32)
-    assert torch.allclose(models.encode_caption(tiny_pipeline, caption), expected, atol=1e-6)
-    assert torch.allclose(models.encode_caption(tiny_pipeline, ""), empty, atol=1e-6)
+    assert torch.allclose(encode(tiny_pipeline, caption).text, expected, atol=1e-6)
+    assert torch.allclose(encode(tiny_pipeline, "").text, empty, atol=1e-6)
 
 
 def test_a_caption_of_all_tokens_fits_and_one_more_is_refused_with_both_counts(tiny_pipeline):
-    assert models.encode_caption(tiny_pipeline, "dog " * 14).shape == (1, 16, 32)  # start, 14 words, end
+    assert encode(tiny_pipeline, "dog " * 14).text.shape == (1, 16, 32)  # start, 14 words, end
     with pytest.raises(ValueError, match="has 17 tokens, the text encoder reads at most 16"):
-        models.encode_caption(tiny_pipeline, "dog " * 15)
+        encode(tiny_pipeline, "dog " * 15)
 
 
 # pairs
@@ -149,17 +154,17 @@ def test_a_pair_with_a_unet_folder_has_both_unets(tiny_sd, tiny_pipeline, tuned_
     pair = models.load_pair(str(tiny_sd), tuned_folder)
     tuned = UNet2DConditionModel.from_pretrained(tuned_folder / "unet")
     with torch.no_grad():
-        assert torch.allclose(pair.base(*asked), plain(tiny_pipeline.unet, asked), atol=1e-6)
-        assert torch.allclose(pair.tuned(*asked), plain(tuned, asked), atol=1e-6)
-        assert (pair.tuned(*asked) - pair.base(*asked)).abs().max() > 1e-2
-    assert not any(p.requires_grad for unet in (pair.base_unet, pair.pipeline.unet) for p in unet.parameters())
+        assert torch.allclose(pair.predict("base", *asked), plain(tiny_pipeline.unet, asked), atol=1e-6)
+        assert torch.allclose(pair.predict("tuned", *asked), plain(tuned, asked), atol=1e-6)
+        assert (pair.predict("tuned", *asked) - pair.predict("base", *asked)).abs().max() > 1e-2
+    assert not any(p.requires_grad for unet in (pair.base.unet, pair.tuned.unet) for p in unet.parameters())
 
 
 def test_theta_of_a_lora_pair_is_the_untouched_unet(lora_pair, tiny_pipeline, asked):
     with torch.no_grad():
         for _ in range(2):  # switching back and forth leaves no trace
-            assert torch.equal(lora_pair.base(*asked), plain(tiny_pipeline.unet, asked))
-            assert (lora_pair.tuned(*asked) - plain(tiny_pipeline.unet, asked)).abs().max() > 1e-2
+            assert torch.equal(lora_pair.predict("base", *asked), plain(tiny_pipeline.unet, asked))
+            assert (lora_pair.predict("tuned", *asked) - plain(tiny_pipeline.unet, asked)).abs().max() > 1e-2
 
 
 def test_theta_prime_of_a_lora_pair_is_the_unet_with_the_adapter_added(
@@ -176,26 +181,129 @@ def test_theta_prime_of_a_lora_pair_is_the_unet_with_the_adapter_added(
     fused.fuse_lora()
     fused.unload_lora_weights()
     with torch.no_grad():
-        found = lora_pair.tuned(*asked)
+        found = lora_pair.predict("tuned", *asked)
     assert torch.allclose(found, plain(by_hand, asked), atol=1e-5)
     assert torch.allclose(found, plain(fused.unet, asked), atol=1e-5)
 
 
 def test_theta_prime_keeps_its_adapter_when_theta_fails(lora_pair, asked, monkeypatch):
     with torch.no_grad():
-        before = lora_pair.tuned(*asked)
+        before = lora_pair.predict("tuned", *asked)
         with monkeypatch.context() as broken:
-            broken.setattr(models, "_predict", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError))
+            broken.setattr(models, "denoise", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError))
             with pytest.raises(torch.OutOfMemoryError):
-                lora_pair.base(*asked)
-        assert torch.equal(lora_pair.tuned(*asked), before)
+                lora_pair.predict("base", *asked)
+        assert torch.equal(lora_pair.predict("tuned", *asked), before)
+
+
+@pytest.mark.parametrize("arm", ["cfg", "finextract", "conditional_only", "model_guidance"])
+def test_one_network_answers_for_both_models_in_one_forward_pass(lora_pair, asked, arm, monkeypatch):
+    x, t, _ = asked
+    ends = (ARMS[arm].reference, ARMS[arm].target)
+    with torch.no_grad():
+        expected = [
+            lora_pair.predict(model, x, t, lora_pair.condition(model, "a dog" if captioned else ""))
+            for model, captioned in ends
+        ]
+        predict = lora_pair.predictions(*ends, "a dog")
+        batches, forward = [], models.denoise
+        monkeypatch.setattr(models, "denoise", lambda unet, x, *rest: batches.append(len(x)) or forward(unet, x, *rest))
+        for _ in range(2):
+            found = predict(x, t)
+            for part, wanted in zip(found, expected, strict=True):
+                assert torch.allclose(part, wanted, atol=1e-5)
+    assert batches == [6, 6]
+    assert (expected[0] - expected[1]).abs().max() > 1e-3
+    assert not any(layer._forward_pre_hooks for layer in lora_pair.tuned.unet.modules())
+
+
+def test_dora_which_peft_cannot_mix_is_asked_twice(tiny_sd, asked):
+    first = models.load_pipeline(str(tiny_sd))
+    first.unet.add_adapter(
+        LoraConfig(r=2, lora_alpha=2, target_modules=["to_q"], use_dora=True, init_lora_weights=False)
+    )
+    first.unet.eval()
+    pair, (x, t, _) = models.ModelPair(first, first), asked
+    assert not models.mixable(first.unet)
+    with torch.no_grad():
+        base, tuned = pair.predictions(("base", False), ("tuned", True), "a dog")(x, t)
+        assert torch.allclose(base, pair.predict("base", x, t, pair.condition("base", "")), atol=1e-6)
+        assert torch.allclose(tuned, pair.predict("tuned", x, t, pair.condition("tuned", "a dog")), atol=1e-6)
+        first.unet.disable_adapters()
+        assert torch.allclose(base, plain(first.unet, (x, t, encode(first, ""))), atol=1e-6)
+
+
+def test_each_model_encodes_with_its_own_text_encoder_and_adapters_are_off_for_theta(tiny_sd, tiny_pipeline):
+    first = models.load_pipeline(str(tiny_sd))
+    second = copy.copy(first)
+    second.text_encoder = copy.deepcopy(first.text_encoder)
+    with torch.no_grad():
+        second.text_encoder.get_input_embeddings().weight.mul_(2)
+    pair = models.ModelPair(first, second)
+    plain_text = encode(tiny_pipeline, "a dog").text
+    assert torch.equal(pair.condition("base", "a dog").text, plain_text)
+    assert not torch.allclose(pair.condition("tuned", "a dog").text, plain_text, atol=1e-3)
+    settings = LoraConfig(r=2, lora_alpha=2, target_modules=["q_proj"], init_lora_weights=False)
+    first.text_encoder.add_adapter(settings)
+    adapted = models.ModelPair(first, first)
+    for _ in range(2):
+        assert torch.allclose(adapted.condition("base", "a dog").text, plain_text, atol=1e-6)
+        assert not torch.allclose(adapted.condition("tuned", "a dog").text, plain_text, atol=1e-3)
+
+
+# models that speak in different parametrisations or schedules
+
+
+def pair_with(tiny_pipeline, base: dict, tuned: dict) -> models.ModelPair:
+    """Two pipelines on the tiny U-Net whose schedulers differ from the tiny one's by these settings."""
+    first, second = copy.copy(tiny_pipeline), copy.copy(tiny_pipeline)
+    first.scheduler = DDIMScheduler.from_config(tiny_pipeline.scheduler.config, **base)
+    second.scheduler = DDIMScheduler.from_config(tiny_pipeline.scheduler.config, **tuned)
+    second.unet = copy.deepcopy(tiny_pipeline.unet)
+    return models.ModelPair(first, second)
+
+
+@pytest.mark.parametrize(
+    "kinds", [("epsilon", "v_prediction"), ("v_prediction", "epsilon"), ("sample", "v_prediction")]
+)
+def test_theta_speaks_as_theta_prime_does(tiny_pipeline, asked, kinds):
+    """Two models that know the same eps agree whatever they predict."""
+    x, t, condition = asked
+    pair = pair_with(tiny_pipeline, *({"prediction_type": kind} for kind in kinds))
+    kept = float(tiny_pipeline.scheduler.alphas_cumprod[500])
+    alpha, sigma = kept**0.5, (1 - kept) ** 0.5
+    with torch.no_grad():
+        said = plain(tiny_pipeline.unet, asked)  # in theta's own words
+        found = pair.predict("base", x, t, condition)
+    eps = {"epsilon": said, "v_prediction": alpha * said + sigma * x, "sample": (x - alpha * said) / sigma}[kinds[0]]
+    wanted = {"epsilon": eps, "v_prediction": alpha * eps - sigma * (x - sigma * eps) / alpha}[kinds[1]]
+    assert torch.allclose(found, wanted, atol=1e-4)
+
+
+def test_theta_of_another_schedule_is_asked_at_the_same_log_snr(tiny_pipeline, asked):
+    x, t, condition = asked
+    pair = pair_with(tiny_pipeline, {"beta_start": 0.0001, "beta_end": 0.02, "beta_schedule": "linear"}, {})
+    kept = pair.base.scheduler.alphas_cumprod
+    level = pair.tuned.scheduler.alphas_cumprod[500]
+    same = models.same_level(kept, float(level))
+    low, high = int(same), int(same) + 1
+    assert kept[high] <= level <= kept[low]
+    with torch.no_grad():
+        found = pair.predict("base", x, t, condition)
+        assert torch.allclose(found, plain(tiny_pipeline.unet, (x, same, condition)), atol=1e-5)
+        near = plain(tiny_pipeline.unet, (x, torch.tensor(round(float(same))), condition))
+    assert torch.allclose(found, near, atol=0.05)
+    for number in (0, 1, 333, 999):  # a schedule against itself
+        assert float(models.same_level(kept, float(kept[number]))) == pytest.approx(number, abs=1e-2)
 
 
 def test_a_folder_with_neither_or_with_a_foreign_lora_is_refused(tiny_sd, tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"holds neither a unet/ folder nor pytorch_lora_weights\.safetensors"):
+    with pytest.raises(FileNotFoundError, match=r"holds no model: neither model_index\.json, nor a unet/"):
         models.load_pair(str(tiny_sd), tmp_path)
     layer = "text_encoder.text_model.encoder.layers.0.self_attn.q_proj"
     tensors = {f"{layer}.lora_A.weight": torch.zeros(2, 32), f"{layer}.lora_B.weight": torch.zeros(32, 2)}
     save_file(tensors, tmp_path / models.LORA_FILE)
-    with pytest.raises(ValueError, match="holds no adapter for the U-Net"):
+    with pytest.raises(
+        ValueError, match="no adapter for the unet of a StableDiffusionPipeline: its first keys are text"
+    ):
         models.load_pair(str(tiny_sd), tmp_path)

@@ -152,6 +152,31 @@ def test_scores_by_arm_takes_other_scores_and_leaves_out_arms_that_were_not_run(
     assert axes.get_ylabel() == "half"
 
 
+def test_score_curves_has_a_panel_per_method_a_line_per_guided_arm_and_direct_as_a_level():
+    heights = {("cfg", 1.5): 0.2, ("cfg", 3.0): 0.3, ("finextract", 1.5): 0.4, ("finextract", 3.0): 0.6}
+    heights[("direct", 1.0)] = 0.1
+    rows = pd.DataFrame(
+        {"method": method, "item": item, "arm": arm, "guidance_scale": w, "AS": height + spread + lower}
+        for method, lower in (("dreambooth", 0.0), ("lora", -0.05))
+        for (arm, w), height in heights.items()
+        for item, spread in (("a", -0.02), ("b", 0.02))
+    )
+    figure = plots.score_curves(rows, "guidance_scale")
+    assert [axes.get_title() for axes in figure.axes] == ["dreambooth", "lora"]
+    for axes, lower in zip(figure.axes, (0.0, -0.05), strict=True):
+        drawn = {to_rgb(line.get_color()): line for line in axes.lines if len(line.get_xdata())}
+        assert len(drawn) == 3
+        for arm in ("cfg", "finextract"):
+            line = drawn[to_rgb(plots.ARM_COLOURS[arm])]
+            assert list(line.get_xdata()) == [1.5, 3.0]
+            assert list(line.get_ydata()) == pytest.approx([heights[arm, w] + lower for w in (1.5, 3.0)])
+        assert list(drawn[to_rgb(plots.ARM_COLOURS["direct"])].get_ydata()) == pytest.approx([0.1 + lower] * 2)
+        assert len(axes.collections) == 2, "an interval for each guided arm"
+        assert axes.get_xlabel() == "guidance scale"
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["CFG", "FineXtract", "direct"]
+    assert figure.axes[0].get_legend() is None
+
+
 def test_every_arm_colour_has_a_label():
     assert plots.ARM_COLOURS.keys() == plots.ARM_LABELS.keys()
 

@@ -2,17 +2,19 @@
 
 import copy
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, StableDiffusionPipeline
+from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, PNDMScheduler, StableDiffusionPipeline
 from scipy import stats
 
-from fx import results, sampling
+from fx import guidance, results, sampling
+from fx.families import decode, encode, make_scheduler
 from fx.finetune import FineTune
 from fx.mini.sd import scheduler
-from fx.models import ModelPair, encode_caption, load_pair
+from fx.models import ModelPair, load_pair
 from fx.sampling import Generate
 
 CAPTION = "a dog"
@@ -32,20 +34,35 @@ def pair(tiny_pipeline) -> ModelPair:
     with torch.no_grad():
         for parameter in tuned.unet.parameters():
             parameter += 0.03 * torch.randn(parameter.shape, generator=generator)
-    return ModelPair(tuned, tiny_pipeline.unet)
+    return ModelPair(tiny_pipeline, tuned)
 
 
 @pytest.fixture(scope="module")
 def same_pair(tiny_pipeline) -> ModelPair:
     """A pair without fine-tuning: theta' is theta."""
-    return ModelPair(tiny_pipeline, tiny_pipeline.unet)
+    return ModelPair(tiny_pipeline, tiny_pipeline)
 
 
 def images(pair: ModelPair, arm: str, w: float = 1.0, k: float = 0.0, caption: str = CAPTION) -> torch.Tensor:
     """Three samples before they are rounded, float32 [3, 3, 16, 16]."""
-    predict = sampling.predictor(pair, caption, arm, w, k)
+    predict = sampling.predictor(pair, caption, arm)
     x = sampling.starting_latents(SHAPE, 7, 0, 3)
-    return sampling.decode(pair.pipeline, sampling.ddim(predict, x, pair.pipeline.scheduler, STEPS))
+    return decode(pair.tuned, sampling.walk(predict, x, scheduler(), STEPS, w, k))
+
+
+def one_prediction(pair: ModelPair, arm: str, w: float, k: float, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+    """What the sampler hands to its scheduler at the first of its steps, which is set to timestep t."""
+
+    class OneStep:
+        config, alphas_cumprod, timesteps = scheduler().config, scheduler().alphas_cumprod, [t]
+
+        def set_timesteps(self, steps, device):
+            pass
+
+        def step(self, prediction, t, x):
+            return SimpleNamespace(prev_sample=prediction)
+
+    return sampling.walk(sampling.predictor(pair, CAPTION, arm), x, OneStep(), 1, w, k)
 
 
 def grey_levels(first: np.ndarray, second: np.ndarray) -> int:
@@ -58,7 +75,7 @@ def grey_levels(first: np.ndarray, second: np.ndarray) -> int:
 
 @pytest.mark.parametrize(("arm", "w"), [("direct", 1.0), ("cfg", 3.0), ("cfg", 7.5)])
 def test_direct_and_cfg_are_what_the_stock_pipeline_samples(pair, arm, w):
-    parts = {name: part for name, part in pair.pipeline.components.items() if name != "scheduler"}
+    parts = {name: part for name, part in pair.tuned.components.items() if name != "scheduler"}
     stock = StableDiffusionPipeline(**parts, scheduler=scheduler(), requires_safety_checker=False)
     stock.set_progress_bar_config(disable=True)
     expected = stock(
@@ -79,20 +96,20 @@ def test_direct_and_cfg_are_what_the_stock_pipeline_samples(pair, arm, w):
 @pytest.mark.parametrize("k", [0.0, -0.02, 0.5])
 def test_finextract_is_eq_13_on_the_two_unets(pair, w, k):
     x, t = torch.randn(2, *SHAPE, generator=torch.Generator().manual_seed(4)), torch.tensor(400)
-    text, empty = (encode_caption(pair.pipeline, caption).repeat(2, 1, 1) for caption in (CAPTION, ""))
+    text, empty = (encode(pair.tuned, caption).text.repeat(2, 1, 1) for caption in (CAPTION, ""))
     with torch.no_grad():
-        theta, theta_prime = pair.base_unet(x, t, empty).sample, pair.pipeline.unet(x, t, text).sample
-        found = sampling.predictor(pair, CAPTION, "finextract", w, k)(x, t)
+        theta, theta_prime = pair.base.unet(x, t, empty).sample, pair.tuned.unet(x, t, text).sample
+    found = one_prediction(pair, "finextract", w, k, x, t)
     assert torch.allclose(found, theta_prime + (w - 1) * (theta_prime - theta) + k * theta, atol=1e-5)
 
 
 @pytest.mark.parametrize(("arm", "prompt"), [("conditional_only", CAPTION), ("model_guidance", "")])
 def test_eq_6_is_on_two_unets_with_one_caption(pair, arm, prompt):
     x, t = torch.randn(2, *SHAPE, generator=torch.Generator().manual_seed(4)), torch.tensor(400)
-    text = encode_caption(pair.pipeline, prompt).repeat(2, 1, 1)
+    text = encode(pair.tuned, prompt).text.repeat(2, 1, 1)
     with torch.no_grad():
-        theta, theta_prime = pair.base_unet(x, t, text).sample, pair.pipeline.unet(x, t, text).sample
-        found = sampling.predictor(pair, CAPTION, arm, 3.0, 0.0)(x, t)
+        theta, theta_prime = pair.base.unet(x, t, text).sample, pair.tuned.unet(x, t, text).sample
+    found = one_prediction(pair, arm, 3.0, 0.0, x, t)
     assert torch.allclose(found, theta_prime + 2 * (theta_prime - theta), atol=1e-5)
     assert (found - theta_prime).abs().max() > 1e-2
 
@@ -101,7 +118,7 @@ def test_eq_6_is_on_two_unets_with_one_caption(pair, arm, prompt):
 def test_without_fine_tuning_model_guidance_is_plain_sampling_at_every_scale(same_pair, arm, prompt):
     plain = images(same_pair, "direct", caption=prompt)
     for w in (0.0, 1.0, 4.0):
-        assert torch.allclose(images(same_pair, arm, w), plain, atol=1e-5)
+        assert torch.equal(images(same_pair, arm, w), plain)
 
 
 def test_finextract_at_scale_1_without_correction_is_direct(pair):
@@ -132,7 +149,7 @@ def test_arms_and_scales_that_do_not_go_together_are_refused(pair, arm, w, k, me
     with pytest.raises(ValueError, match=message):
         sampling.check_arm(arm, w, k)
     with pytest.raises(ValueError, match=message):
-        sampling.predictor(pair, CAPTION, arm, w, k)
+        sampling.sample(pair, CAPTION, 1, arm, w, k)
     with pytest.raises(ValueError, match=message):
         Generate(FineTune("style/mimooh"), arm, w, k)
 
@@ -161,7 +178,7 @@ def test_ddim_is_the_closed_form_map_on_a_gaussian(steps):
     """Eq. 12 of Song et al. (2021) with eta 0, in float64: x0 = (x - sqrt(1 - a) eps) / sqrt(a), then noised to a'."""
     mean, deviation = 0.4, 0.3
     x = np.random.default_rng(0).standard_normal((5, 2, 3, 3))
-    found = sampling.ddim(gaussian(mean, deviation), torch.from_numpy(x), scheduler(), steps).numpy()
+    found = sampling.sample_latents(None, gaussian(mean, deviation), torch.from_numpy(x), scheduler(), steps).numpy()
     stride = 1000 // steps
     for t in range((steps - 1) * stride + 1, 0, -stride):  # offset 1
         now, then = KEPT[t], KEPT[max(t - stride, 0)]
@@ -175,7 +192,7 @@ def test_ddim_with_many_steps_follows_the_flow_to_the_data():
     """The probability flow maps quantiles to quantiles: N(sqrt(a_T) mean, a_T s^2 + 1 - a_T) to that at a_0."""
     mean, deviation, steps = 0.4, 0.3, 500
     x = torch.from_numpy(np.random.default_rng(1).standard_normal((200, 1, 2, 2)))
-    found = sampling.ddim(gaussian(mean, deviation), x, scheduler(), steps)
+    found = sampling.sample_latents(None, gaussian(mean, deviation), x, scheduler(), steps)
     spread = [np.sqrt(kept * deviation**2 + 1 - kept) for kept in (KEPT[999], KEPT[0])]
     expected = KEPT[0] ** 0.5 * mean + spread[1] * (x - KEPT[999] ** 0.5 * mean) / spread[0]
     assert (found - expected).abs().max() < 0.02
@@ -185,10 +202,245 @@ def test_ddim_with_many_steps_follows_the_flow_to_the_data():
 def test_the_callback_gets_every_timestep_and_the_latents_after_it():
     seen = []
     x = torch.ones(1, 1, 2, 2, dtype=torch.float64)
-    last = sampling.ddim(gaussian(0, 1), x, scheduler(), 10, lambda t, now: seen.append((t, now)))
+    last = sampling.sample_latents(
+        None, gaussian(0, 1), x, scheduler(), 10, callback=lambda t, now: seen.append((t, now))
+    )
     assert [t for t, _ in seen] == list(range(901, 0, -100))
     assert torch.equal(seen[-1][1], last)
     assert len({float(now.mean()) for _, now in seen}) == 10
+
+
+# other samplers, other parametrisations
+
+
+class Gaussian:
+    """Data N(mean, covariance) in d dimensions, latents [n, d, 1, 1]; the exact eps at x_t = alpha x0 + sigma eps."""
+
+    def __init__(self, mean: np.ndarray, covariance: np.ndarray):
+        self.mean, self.covariance = torch.from_numpy(mean), torch.from_numpy(covariance)
+
+    def eps(self, x: torch.Tensor, alpha: float, sigma: float) -> torch.Tensor:
+        """-sigma * score of N(alpha mean, alpha^2 covariance + sigma^2)."""
+        noised = alpha**2 * self.covariance + sigma**2 * torch.eye(len(self.mean), dtype=torch.float64)
+        centred = x[:, :, 0, 0].double() - alpha * self.mean
+        return (sigma * torch.linalg.solve(noised, centred.T).T)[:, :, None, None]
+
+    def vp(self, kind: str = "epsilon"):
+        """As a network on Stable Diffusion's schedule."""
+
+        def predict(x, t):
+            alpha, sigma = KEPT[int(t)] ** 0.5, (1 - KEPT[int(t)]) ** 0.5
+            return guidance.from_epsilon(self.eps(x, alpha, sigma), kind, x, alpha, sigma)
+
+        return predict
+
+    def flow(self):
+        """As a flow network: t is 1000 sigma."""
+
+        def predict(x, t):
+            sigma = float(t) / 1000
+            if sigma == 1:
+                return x - self.mean[:, None, None]  # E[eps | eps] - E[x0]
+            return guidance.from_epsilon(self.eps(x, 1 - sigma, sigma), "flow_prediction", x, 1 - sigma, sigma)
+
+        return predict
+
+
+def gaussians(d: int, seed: int = 0) -> tuple[Gaussian, Gaussian]:
+    """theta's distribution and q, with full covariances."""
+    rng = np.random.default_rng(seed)
+    made = []
+    for spread in (0.8, 0.4):
+        root = rng.standard_normal((d, d)) * spread / d**0.5
+        made.append(Gaussian(2 * rng.standard_normal(d), root @ root.T + 0.1 * spread * np.eye(d)))
+    return made[0], made[1]
+
+
+def mixed(base, searched, share: float):
+    """theta' of Eq. 5: its score is (1 - lambda) theta's + lambda q's."""
+    return lambda x, t: (1 - share) * base(x, t) + share * searched(x, t)
+
+
+def moments(x: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
+    flat = x[:, :, 0, 0].double().numpy()
+    return flat.mean(axis=0), np.cov(flat.T)
+
+
+def whitened(n: int, d: int) -> torch.Tensor:
+    """Starting latents [n, d, 1, 1] whose sample mean is 0 and sample covariance the identity, exactly."""
+    x = np.random.default_rng(5).standard_normal((n, d))
+    x -= x.mean(axis=0)
+    return torch.from_numpy(x @ np.linalg.inv(np.linalg.cholesky(np.cov(x.T))).T)[:, :, None, None]
+
+
+@pytest.mark.parametrize("d", [2, 16])
+@pytest.mark.parametrize("share", [0.25, 0.5])
+def test_eq_6_samples_q_and_not_theta_prime(d, share):
+    """Sampled mean and covariance within five standard errors of q's; theta' alone misses them.
+
+    With n = 4000 independent starting latents the error of a mean is sqrt(C_ii / n), of a covariance
+    sqrt((C_ii C_jj + C_ij^2) / n); 0.005 are allowed for 999 DDIM steps on a schedule that ends at alpha-bar .9991. The
+    latents are drawn where q's noising ends: Stable Diffusion's alpha-bar is .0047 there, not 0.
+    """
+    n = 4000
+    theta, q = gaussians(d)
+    tuned = mixed(theta.vp(), q.vp(), share)
+    kept, covariance = KEPT[999], q.covariance.numpy()
+    root = np.linalg.cholesky(kept * covariance + (1 - kept) * np.eye(d))
+    drawn = kept**0.5 * q.mean.numpy() + np.random.default_rng(3).standard_normal((n, d)) @ root.T
+    x = torch.from_numpy(drawn)[:, :, None, None]
+    found = {
+        "q": sampling.sample_latents(theta.vp(), tuned, x, scheduler(), 999, w=1 / share),
+        "theta'": sampling.sample_latents(None, tuned, x, scheduler(), 999),
+    }
+    variance = np.diag(covariance)
+    mean_error = 5 * np.sqrt(variance / n) + 0.005
+    covariance_error = 5 * np.sqrt((np.outer(variance, variance) + covariance**2) / n) + 0.005
+    mean, sampled = moments(found["q"])
+    assert (np.abs(mean - q.mean.numpy()) < mean_error).all()
+    assert (np.abs(sampled - covariance) < covariance_error).all()
+    mean, sampled = moments(found["theta'"])
+    assert (np.abs(mean - q.mean.numpy()) > 3 * mean_error).any()
+
+
+@pytest.mark.parametrize(("sampler", "steps"), [("ddim", 500), ("dpm++", 40)])
+@pytest.mark.parametrize("kind", ["epsilon", "sample", "v_prediction"])
+def test_every_sampler_and_parametrisation_leads_to_q(tiny_pipeline, sampler, steps, kind):
+    theta, q = gaussians(3, seed=1)
+    pipeline = copy.copy(tiny_pipeline)
+    pipeline.scheduler = DDIMScheduler.from_config(scheduler().config, prediction_type=kind)
+    tuned = mixed(theta.vp(kind), q.vp(kind), 0.5)
+    x = whitened(500, 3) * (1 - KEPT[999]) ** 0.5 + KEPT[999] ** 0.5 * q.mean[:, None, None]
+    walked = make_scheduler(pipeline, sampler)
+    found = sampling.sample_latents(theta.vp(kind), tuned, x, walked, steps, w=2.0)
+    mean, covariance = moments(found)
+    assert np.abs(mean - q.mean.numpy()).max() < 0.03
+    assert np.abs(covariance - q.covariance.numpy()).max() < 0.03
+    corrected = [
+        sampling.sample_latents(theta.vp(name), mixed(theta.vp(name), q.vp(name), 0.5), x, walker, steps, 2.0, k=-0.05)
+        for name, walker in ((kind, walked), ("epsilon", make_scheduler(tiny_pipeline, sampler)))
+    ]
+    assert (corrected[0] - found).abs().max() > 0.02
+    assert torch.allclose(corrected[0], corrected[1], atol=2e-3)  # the correction is one of eps in all of them
+
+
+def test_euler_on_a_flow_leads_to_q_and_the_correction_is_one_of_eps():
+    theta, q = gaussians(3, seed=1)
+    euler = FlowMatchEulerDiscreteScheduler()
+    tuned = mixed(theta.flow(), q.flow(), 0.5)
+    x = whitened(500, 3)
+    found = sampling.sample_latents(theta.flow(), tuned, x, euler, 400, w=2.0)
+    mean, covariance = moments(found)
+    assert np.abs(mean - q.mean.numpy()).max() < 0.03
+    assert np.abs(covariance - q.covariance.numpy()).max() < 0.03
+    corrections = [0.0] + [0.1] * 9  # at the very start, alpha = 0, there is no finite correction
+    walked = sampling.sample_latents(theta.flow(), tuned, x, euler, 10, 2.0, corrections)
+    now, kind = x, "flow_prediction"
+    sigmas = [*np.linspace(1, 0.001, 10), 0.0]  # the scheduler's own grid
+    for sigma, then, k in zip(sigmas[:-1], sigmas[1:], corrections, strict=True):
+        base, fine_tuned = (model(now, torch.tensor(1000 * sigma)) for model in (theta.flow(), tuned))
+        velocity = 2 * fine_tuned - base
+        if k:
+            eps, base_eps = (guidance.to_epsilon(part, kind, now, 1 - sigma, sigma) for part in (velocity, base))
+            velocity = (eps + k * base_eps - now) / (1 - sigma)
+        now = now + (then - sigma) * velocity
+    assert torch.allclose(walked, now, atol=1e-4)
+
+
+def test_a_walk_stays_in_float32_or_better():
+    x = torch.zeros(1, 1, 2, 2)
+    for dtype in (torch.float32, torch.float64):
+        half = lambda x, t: x.to(torch.bfloat16)  # noqa: E731 - a network in half precision
+        assert sampling.sample_latents(half, half, x.to(dtype), scheduler(), 3, w=2.0).dtype == dtype
+    for dtype in (torch.float16, torch.bfloat16):
+        with pytest.raises(ValueError, match="latents must be float32 or float64, not torch"):
+            sampling.sample_latents(None, gaussian(0, 1), x.to(dtype), scheduler(), 3)
+
+
+# scales over time
+
+
+def test_scales_are_numbers_lists_or_functions_of_the_timestep():
+    x = torch.randn(2, 1, 2, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    first, second = gaussian(0.4, 0.3), gaussian(-0.2, 0.5)
+
+    def run(w, k=0.0):
+        return sampling.sample_latents(first, second, x, scheduler(), 4, w, k)
+
+    constant = run(3.0, -0.02)
+    for w in ([3.0] * 4, (3, 3, 3, 3), np.full(4, 3.0), lambda t: 3.0):
+        assert torch.equal(run(w, lambda t: -0.02), constant)
+    asked = []
+    falling = run(lambda t: asked.append(t) or t / 250)
+    assert asked == [751.0, 501.0, 251.0, 1.0]
+    assert torch.equal(falling, run([751 / 250, 501 / 250, 251 / 250, 1 / 250]))
+    assert not torch.allclose(falling, run([1 / 250, 251 / 250, 501 / 250, 751 / 250]))
+
+
+@pytest.mark.parametrize(
+    ("scales", "message"),
+    [
+        ({"w": [3.0] * 3}, "the guidance scale w' has 3 values for 4 sampling steps"),
+        ({"k": (0.1,) * 5}, "the correction scale k has 5 values for 4 sampling steps"),
+        ({"w": float("nan")}, "guidance scale w' must be finite at every step, not nan"),
+        ({"w": lambda t: 1 / (t - 1) if t != 1 else float("inf")}, "must be finite at every step, not inf"),
+    ],
+)
+def test_scales_that_do_not_fit_the_steps_are_refused_before_a_network_is_asked(scales, message):
+    untouched = lambda x, t: pytest.fail("a network was asked")  # noqa: E731
+    with pytest.raises(ValueError, match=message):
+        sampling.sample_latents(untouched, untouched, torch.zeros(1, 1, 2, 2), scheduler(), 4, **scales)
+
+
+def test_a_spec_takes_a_scale_per_step_and_checks_it_at_once():
+    tune = FineTune("style/mimooh")
+    assert Generate(tune, guidance_scale=(3.0, 2.0), steps=2).guidance_scale == (3.0, 2.0)
+    with pytest.raises(ValueError, match="guidance_scale has 2 values for 25 sampling steps"):
+        Generate(tune, guidance_scale=(3.0, 2.0))
+    with pytest.raises(ValueError, match="unknown sampler 'heun': choose from ddim"):
+        Generate(tune, sampler="heun")
+    with pytest.raises(ValueError, match="the published sampler has one correction_scale for all steps"):
+        Generate(tune, correction_scale=(0.0, 0.1), steps=2, sampler="published")
+
+
+# the released sampler
+
+
+@pytest.mark.parametrize("steps", [50, 10])
+@pytest.mark.parametrize(("w", "k"), [(3.0, -0.02), (5.0, 0.0)])
+def test_published_is_the_released_walk(steps, w, k):
+    """The facts of the released code, written down once more: its timesteps, its last step, its formula."""
+    stride = 1000 // steps
+    ascending = [1 + i * stride for i in range(steps)]
+    visited = [ascending[-1], *[t for t in reversed(ascending[:-1]) for _ in range(2 if t == ascending[-2] else 1)]]
+    visited = visited[:steps]  # 981, 961, 961, ..., 21
+    assert (visited[1], visited[-1]) == (visited[2], 1 + stride)
+    first, second = gaussian(0.4, 0.3), gaussian(-0.2, 0.5)
+    x = start = torch.from_numpy(np.random.default_rng(0).standard_normal((5, 2, 3, 3)))
+    for t in visited:
+        now, then = KEPT[t], KEPT[max(1, t - stride)]
+        u, c = first(x, torch.tensor(t)), second(x, torch.tensor(t))
+        eps = u + w * (c - u) + k * u
+        x = np.sqrt(then) * (x - np.sqrt(1 - now) * eps) / np.sqrt(now) + np.sqrt(1 - then) * eps
+    seen = []
+    released = sampling.ReleasedDDIM(PNDMScheduler.from_config(scheduler().config, skip_prk_steps=True))
+    found = sampling.sample_latents(first, second, start, released, steps, w, k, lambda t, _: seen.append(t))
+    assert seen == visited
+    assert torch.allclose(found, x, atol=1e-5)
+
+
+def test_published_baselines_keep_the_stock_sampler(pair):
+    parts = {name: part for name, part in pair.tuned.components.items() if name != "scheduler"}
+    pndm = PNDMScheduler.from_config(scheduler().config, skip_prk_steps=True)
+    stock = StableDiffusionPipeline(**parts, scheduler=pndm, requires_safety_checker=False)
+    stock.set_progress_bar_config(disable=True)
+    latents = sampling.starting_latents(SHAPE, 7, 0, 2)
+    options = {"num_inference_steps": 5, "guidance_scale": 3.0, "latents": latents, "output_type": "np"}
+    expected = stock([CAPTION] * 2, **options).images
+    found = sampling.sample(pair, CAPTION, 2, "cfg", 3.0, steps=5, seed=7, sampler="published")
+    assert np.abs(found / 255 - expected).max() < 0.5 / 255 + 1e-4
+    assert isinstance(sampling.arm_scheduler(pair.tuned, "published", "finextract"), sampling.ReleasedDDIM)
+    assert type(sampling.arm_scheduler(pair.tuned, "published", "direct")) is PNDMScheduler
 
 
 # seeds and batches
@@ -227,9 +479,9 @@ def test_the_batch_size_does_not_matter(pair):
 def test_decoding_in_chunks_is_decoding(pair):
     latents = torch.randn(5, *SHAPE, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        expected = pair.pipeline.vae.decode(latents / 0.18215).sample
+        expected = pair.tuned.vae.decode(latents / 0.18215).sample
     for chunk in (1, 2, 16):
-        assert torch.allclose(sampling.decode(pair.pipeline, latents, chunk), expected, atol=1e-4)
+        assert torch.allclose(decode(pair.tuned, latents, chunk), expected, atol=1e-4)
 
 
 def test_finished_batches_are_not_sampled_again(pair, tmp_path, monkeypatch):
@@ -250,7 +502,7 @@ def test_finished_batches_are_not_sampled_again(pair, tmp_path, monkeypatch):
         ranges[:] = ["as if one batch were done"]
         whole = sampling.sample(pair, CAPTION, **options)
         assert ranges[1:] == [(4, 5)]
-    monkeypatch.setattr(ModelPair, "tuned", lambda *_: pytest.fail("theta' was asked"))
+    monkeypatch.setattr(ModelPair, "predict", lambda *_: pytest.fail("theta' was asked"))
     assert np.array_equal(sampling.sample(pair, CAPTION, **options), whole)
     monkeypatch.undo()
     assert np.array_equal(sampling.sample(pair, CAPTION, **{**options, "scratch": None}), whole)

@@ -9,9 +9,11 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline
 from transformers import CLIPModel, CLIPTokenizer
 
+from fx import sampling
 from fx.datasets import load_images, load_item, names, to_uint8
+from fx.families import decode, make_scheduler
 from fx.mini import clip, sscd, vae
-from fx.models import load_pipeline
+from fx.models import ModelPair, load_pipeline
 from fx.paths import MODELS
 from fx.similarity import copy_thresholds, load_descriptor
 
@@ -44,6 +46,20 @@ def test_the_pipeline_is_a_stock_stable_diffusion_pipeline():
     image = pipeline("google emoji of red heart", num_inference_steps=2, output_type="np").images
     assert image.shape == (1, 64, 64, 3)
     assert np.isfinite(image).all()
+
+
+@pytest.mark.parametrize(("arm", "w"), [("direct", 1.0), ("cfg", 3.0)])
+def test_mini_sd_is_sampled_as_the_stock_pipeline_does(arm, w):
+    stock = StableDiffusionPipeline.from_pretrained(MODELS / "mini-sd", dtype=torch.float32, safety_checker=None)
+    stock.scheduler = DDIMScheduler.from_config(stock.scheduler.config)
+    x = sampling.starting_latents((32, 8, 8), 3, 0, 2)
+    caption = "google emoji of red heart"
+    options = {"num_inference_steps": 10, "guidance_scale": w, "latents": x, "output_type": "pt"}
+    expected = stock([caption] * 2, **options).images
+    pipeline = load_pipeline("mini-sd")
+    predict = sampling.predictor(ModelPair(pipeline, pipeline), caption, arm)
+    found = decode(pipeline, sampling.walk(predict, x, make_scheduler(pipeline, "ddim"), 10, w))
+    assert torch.allclose((found / 2 + 0.5).clamp(0, 1), expected, atol=1e-4)
 
 
 def test_its_parts_are_the_other_shipped_models():

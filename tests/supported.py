@@ -1,0 +1,70 @@
+"""Write tests/SUPPORTED.md: which family can be loaded from what, as far as a test proves it.
+
+    python tests/supported.py
+
+A row is a test of test_checkpoints.py or test_families.py that runs once per family; a family is ticked where it does.
+"""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+from tiny import FAMILIES
+
+HERE = Path(__file__).parent
+PAGE = HERE / "SUPPORTED.md"
+NAMES = {
+    "sd1": "Stable Diffusion 1.x",
+    "sd2": "Stable Diffusion 2.x (v)",
+    "sdxl": "SDXL",
+    "alt": "AltDiffusion",
+    "sd3": "Stable Diffusion 3 (flow)",
+}
+ROWS = {
+    "test_direct_and_cfg_are_what_the_stock_pipeline_samples": "sampled as the library's own pipeline does",
+    "test_a_whole_diffusers_folder": "fine-tuned: diffusers folder",
+    "test_a_folder_with_the_network_only": "fine-tuned: folder with the network only",
+    "test_a_single_file": "fine-tuned: single-file safetensors",
+    "test_a_lora_in_diffusers_layout": "LoRA, diffusers' layout",
+    "test_a_lora_in_kohya_layout": "LoRA, kohya's layout",
+    "test_a_lora_in_peft_layout": "LoRA, peft's layout",
+}
+
+
+def collected() -> list[str]:
+    """The names of all tests of the two files, with parameters."""
+    files = [str(HERE / name) for name in ("test_checkpoints.py", "test_families.py")]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "--collect-only",
+        "-q",
+        "-o",
+        "addopts=",
+        "-p",
+        "no:cacheprovider",
+        *files,
+    ]
+    return subprocess.run(command, capture_output=True, text=True, check=True, cwd=HERE.parent).stdout.splitlines()
+
+
+def page(tests: list[str]) -> str:
+    """The table in Markdown."""
+    proven: dict[str, set[str]] = {}
+    for line in tests:
+        if found := re.search(r"::(\w+)\[(.+)\]", line):
+            proven.setdefault(found[1], set()).update(set(found[2].split("-")) & set(FAMILIES))
+    lines = ["| | " + " | ".join(NAMES.values()) + " |", "|---" * (len(NAMES) + 1) + "|"]
+    for test, words in ROWS.items():
+        if proven.get(test):
+            marks = ["yes" if family in proven[test] else "" for family in NAMES]
+            lines.append(f"| {words} | " + " | ".join(marks) + " |")
+    head = "Written by `python tests/supported.py` from the tests that prove it; do not edit.\n\n"
+    return head + "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(collected()))
+    print(PAGE.read_text())

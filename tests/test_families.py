@@ -1,0 +1,159 @@
+"""Every family: loaded from its published layout, encoded, sampled and decoded as the libraries' own classes do it."""
+
+import pytest
+import supported
+import tiny
+import torch
+from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers.pipelines.deprecated.alt_diffusion import RobertaSeriesModelWithTransformation
+from diffusers.pipelines.deprecated.alt_diffusion.modeling_roberta_series import RobertaSeriesConfig
+
+from fx import families, models, sampling
+
+CAPTION = "a dog"
+SHAPE = (4, 4, 4)
+STEPS = 4
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """A diffusers folder per family."""
+    return {family: tiny.save(family, tmp_path_factory.mktemp("models") / family) for family in tiny.FAMILIES}
+
+
+@pytest.fixture(scope="module")
+def pipelines(folders):
+    return {family: models.load_pipeline(str(folder)) for family, folder in folders.items()}
+
+
+def stock(pipeline, scheduler):
+    """The library's own pipeline of the same parts."""
+    parts = {name: part for name, part in pipeline.components.items() if name != "scheduler"}
+    options = {"requires_safety_checker": False} if "safety_checker" in parts else {}
+    made = type(pipeline)(**parts, scheduler=scheduler, **options)
+    made.set_progress_bar_config(disable=True)
+    return made
+
+
+def schedulers(pipeline) -> dict:
+    """What each sampler should be, from diffusers' own classes."""
+    config = pipeline.scheduler.config
+    if isinstance(pipeline.scheduler, FlowMatchEulerDiscreteScheduler):
+        return {"euler": FlowMatchEulerDiscreteScheduler.from_config(config)}
+    ddim, dpm = {}, {"timestep_spacing": "linspace"}
+    if config.rescale_betas_zero_snr:
+        ddim = dpm = {"timestep_spacing": "trailing"}
+    return {
+        "ddim": DDIMScheduler.from_config(config, **ddim),
+        "dpm++": DPMSolverMultistepScheduler.from_config(config, algorithm_type="dpmsolver++", **dpm),
+    }
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+@pytest.mark.parametrize(("arm", "w"), [("direct", 1.0), ("cfg", 3.0)])
+def test_direct_and_cfg_are_what_the_stock_pipeline_samples(pipelines, family, arm, w):
+    pipeline = pipelines[family]
+    for sampler, scheduler in schedulers(pipeline).items():
+        x = sampling.starting_latents(SHAPE, 7, 0, 2)
+        options = {"num_inference_steps": STEPS, "guidance_scale": w, "latents": x, "output_type": "pt"}
+        expected = stock(pipeline, scheduler)([CAPTION] * 2, **options).images
+        predict = sampling.predictor(models.ModelPair(pipeline, pipeline), CAPTION, arm)
+        walked = sampling.walk(predict, x, families.make_scheduler(pipeline, sampler), STEPS, w)
+        found = families.decode(pipeline, walked)
+        assert found.shape == (2, 3, 16, 16)
+        assert torch.allclose((found / 2 + 0.5).clamp(0, 1), expected, atol=1e-4), sampler
+        assert found.std() > 1e-3
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_without_fine_tuning_model_guidance_is_the_direct_sample_at_every_scale(pipelines, family):
+    pipeline = pipelines[family]
+    pair = models.ModelPair(pipeline, pipeline)
+    sampler = next(iter(schedulers(pipeline)))
+    for arm, prompt in (("conditional_only", CAPTION), ("model_guidance", "")):
+        options = {"n": 2, "steps": STEPS, "sampler": sampler}
+        plain = sampling.sample(pair, prompt, arm="direct", w=1.0, **options)
+        for w in (0.0, 3.0, 20.0):
+            found = sampling.sample(pair, CAPTION, arm=arm, w=w, **options)
+            if prompt or family != "sdxl":  # SDXL's unconditional input is zeros, not the empty caption's encoding
+                assert (found == plain).all()
+
+
+@pytest.mark.parametrize("pre", [False, True])
+def test_alt_encoder_is_the_published_one(pre, tmp_path):
+    """Weights saved by the published class are read by ours and give its projected states."""
+    tokenizer = tiny.roberta_tokenizer()
+    size = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = RobertaSeriesConfig(vocab_size=len(tokenizer), project_dim=32, has_pre_transformation=pre, **size)
+    torch.manual_seed(0)
+    published = RobertaSeriesModelWithTransformation(config).eval()
+    published.save_pretrained(tmp_path)
+    ours = families.AltTextEncoder.from_pretrained(tmp_path).eval()
+    inputs = tokenizer(["a dog", "a cat sat"], padding="max_length", max_length=16, return_tensors="pt")
+    with torch.no_grad():
+        expected = published(inputs.input_ids, attention_mask=inputs.attention_mask).projection_state
+        found = ours(inputs.input_ids, attention_mask=inputs.attention_mask)[0]
+    assert found.shape == (2, 16, 32)
+    assert torch.allclose(found, expected, atol=1e-6)
+    assert ours.config.use_attention_mask
+
+
+def test_sdxl_gets_zeros_for_no_caption_and_pooled_text_and_sizes_beside_it(pipelines):
+    empty, full = (families.encode(pipelines["sdxl"], caption) for caption in ("", CAPTION))
+    assert not empty.text.any()
+    assert not empty.added["text_embeds"].any()
+    assert full.text.shape == (1, 16, 64)
+    assert full.added["text_embeds"].shape == (1, 32)
+    assert full.added["time_ids"].tolist() == [[16, 16, 0, 0, 16, 16]]
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_a_caption_that_does_not_fit_is_refused(pipelines, family):
+    with pytest.raises(ValueError, match="tokens, the text encoder reads at most 16: shorten it"):
+        families.encode(pipelines[family], "dog " * 30)
+
+
+@pytest.mark.parametrize("family", ["sd1", "sdxl", "sd3"])
+def test_in_half_precision_latents_and_autoencoder_stay_in_float32(folders, family):
+    pipeline = models.load_pipeline(str(folders[family]), torch.bfloat16)
+    assert families.network(pipeline).dtype == torch.bfloat16
+    assert pipeline.vae.dtype == torch.float32
+    seen = []
+    sampler = next(iter(schedulers(pipeline)))
+    pair = models.ModelPair(pipeline, pipeline)
+    sampling.sample(pair, CAPTION, 1, "cfg", 3.0, steps=2, sampler=sampler, callback=lambda t, x: seen.append(x.dtype))
+    assert seen == [torch.float32] * 2
+
+
+@pytest.mark.parametrize(
+    ("family", "sampler", "message"),
+    [
+        ("sd1", "euler", "the sampler euler does not fit a model with epsilon: use ddim, dpm"),
+        ("sd3", "ddim", "the sampler ddim does not fit a model with flow_prediction: use euler"),
+        ("sd2", "published", "written for epsilon models, this one has v_prediction"),
+        ("sd1", "heun", "unknown sampler 'heun': choose from ddim"),
+    ],
+)
+def test_samplers_that_do_not_fit_the_model_are_refused(pipelines, family, sampler, message):
+    pair = models.ModelPair(pipelines[family], pipelines[family])
+    with pytest.raises(ValueError, match=message):
+        sampling.sample(pair, CAPTION, 1, sampler=sampler)
+
+
+def test_zero_terminal_snr_is_walked_from_its_end_and_refused_for_eps(pipelines, folders):
+    walked = families.make_scheduler(pipelines["sd2"], "ddim")
+    walked.set_timesteps(4)
+    assert walked.timesteps[0] == 999
+    assert walked.alphas_cumprod[999] == 0
+    wrong = models.load_pipeline(str(folders["sd2"]))
+    wrong.scheduler = DDIMScheduler.from_config(wrong.scheduler.config, prediction_type="epsilon")
+    with pytest.raises(ValueError, match=r"zero SNR.*epsilon model cannot start from there"):
+        families.make_scheduler(wrong, "ddim")
+    pair = models.ModelPair(pipelines["sd2"], pipelines["sd2"])
+    with pytest.raises(ValueError, match="at alpha = 0"):
+        sampling.sample(pair, CAPTION, 1, "finextract", 3.0, k=0.1, steps=2)
+    sampling.sample(pair, CAPTION, 1, "finextract", 3.0, k=(0.0, 0.1), steps=2)
+
+
+def test_the_page_of_what_is_supported_says_what_the_tests_prove():
+    assert supported.PAGE.read_text() == supported.page(supported.collected())

@@ -1,0 +1,181 @@
+"""Tiny random models of the real classes, in the layouts that people publish: one builder per family."""
+
+from pathlib import Path
+
+import torch
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    PNDMScheduler,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
+from tokenizers.pre_tokenizers import ByteLevel
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    PreTrainedTokenizerFast,
+)
+
+from fx.families import AltConfig, AltTextEncoder
+
+MAX_TOKENS = 16
+WIDTH = 32
+BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+FAMILIES = ("sd1", "sd2", "sdxl", "alt", "sd3")
+
+
+def byte_tokenizer() -> CLIPTokenizer:
+    """CLIP's tokenizer with one token per byte and the two merges that make "dog" one token; 16 tokens at most."""
+    letters = sorted(ByteLevel.alphabet())
+    words = [*letters, *(letter + "</w>" for letter in letters), "do", "dog</w>", "<|startoftext|>", "<|endoftext|>"]
+    vocabulary = {word: number for number, word in enumerate(words)}
+    return CLIPTokenizer(vocab=vocabulary, merges=[("d", "o"), ("do", "g</w>")], model_max_length=MAX_TOKENS)
+
+
+def text_encoder(tokenizer: CLIPTokenizer, kind: type = CLIPTextModel, layers: int = 2) -> CLIPTextModel:
+    """An untrained text encoder, 32 wide."""
+    special = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    size = {"hidden_size": WIDTH, "intermediate_size": 64, "num_hidden_layers": layers, "num_attention_heads": 4}
+    return kind(
+        CLIPTextConfig(
+            vocab_size=len(tokenizer), max_position_embeddings=MAX_TOKENS, projection_dim=WIDTH, **size, **special
+        )
+    )
+
+
+def autoencoder(**settings) -> AutoencoderKL:
+    """An untrained autoencoder: 3x16x16 pictures to 4x4x4 latents."""
+    return AutoencoderKL(
+        block_out_channels=(8, 16, 16),
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        latent_channels=4,
+        norm_num_groups=4,
+        sample_size=16,
+        **settings,
+    )
+
+
+def unet(**settings) -> UNet2DConditionModel:
+    """An untrained U-Net for 4x4x4 latents with cross-attention, two levels."""
+    common = {
+        "sample_size": 4,
+        "in_channels": 4,
+        "out_channels": 4,
+        "layers_per_block": 1,
+        "block_out_channels": (16, 32),
+        "down_block_types": ("CrossAttnDownBlock2D",) * 2,
+        "up_block_types": ("CrossAttnUpBlock2D",) * 2,
+        "cross_attention_dim": WIDTH,
+        "attention_head_dim": 2,
+        "norm_num_groups": 8,
+    }
+    return UNet2DConditionModel(**common | settings)
+
+
+def roberta_tokenizer() -> PreTrainedTokenizerFast:
+    """A tokenizer with XLM-R's special tokens and one token per letter."""
+    words = ["<s>", "<pad>", "</s>", "<unk>", "▁", *map(chr, range(33, 127)), "<mask>"]
+    tokenizer = Tokenizer(models.Unigram([(word, -1.0) for word in words], unk_id=3))
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    tokenizer.add_special_tokens(
+        [AddedToken(word, special=True) for word in ("<s>", "<pad>", "</s>", "<unk>", "<mask>")]
+    )
+    tokenizer.post_processor = processors.TemplateProcessing("<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 2)])
+    names = {"bos_token": "<s>", "eos_token": "</s>", "cls_token": "<s>", "sep_token": "</s>"}
+    names |= {"pad_token": "<pad>", "unk_token": "<unk>", "mask_token": "<mask>"}
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=MAX_TOKENS, **names)
+
+
+def alt_encoder(tokenizer, **settings) -> AltTextEncoder:
+    """An untrained XLM-R with a projection to 32."""
+    size = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    special = {"pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2, "max_position_embeddings": MAX_TOKENS + 2}
+    return AltTextEncoder(
+        AltConfig(vocab_size=len(tokenizer), project_dim=WIDTH, type_vocab_size=1, **size, **special, **settings)
+    )
+
+
+def pipeline(family: str):
+    """An untrained pipeline of one of FAMILIES: 16 px pictures, 4x4x4 latents, captions of 16 tokens."""
+    tokenizer = byte_tokenizer()
+    absent = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+    pndm = PNDMScheduler(**BETAS, steps_offset=1, skip_prk_steps=True)
+    if family == "sd1":
+        parts = {"text_encoder": text_encoder(tokenizer), "tokenizer": tokenizer, "scheduler": pndm}
+        return StableDiffusionPipeline(vae=autoencoder(), unet=unet(), **parts, **absent)
+    if (
+        family == "sd2"
+    ):  # predicts v; a linear projection in the transformers; zero terminal SNR, as 2.x fine-tunes have
+        schedule = DDIMScheduler(
+            **BETAS, steps_offset=1, clip_sample=False, prediction_type="v_prediction", rescale_betas_zero_snr=True
+        )
+        parts = {"text_encoder": text_encoder(tokenizer), "tokenizer": tokenizer, "scheduler": schedule}
+        return StableDiffusionPipeline(vae=autoencoder(), unet=unet(use_linear_projection=True), **parts, **absent)
+    if family == "alt":
+        tokenizer = roberta_tokenizer()
+        parts = {"text_encoder": alt_encoder(tokenizer), "tokenizer": tokenizer, "scheduler": pndm}
+        return StableDiffusionPipeline(vae=autoencoder(), unet=unet(), **parts, **absent)
+    both = {"tokenizer": tokenizer, "tokenizer_2": byte_tokenizer()}
+    if family == "sdxl":
+        return StableDiffusionXLPipeline(
+            vae=autoencoder(force_upcast=True),
+            text_encoder=text_encoder(tokenizer),
+            text_encoder_2=text_encoder(tokenizer, CLIPTextModelWithProjection),
+            unet=unet(
+                cross_attention_dim=2 * WIDTH,
+                addition_embed_type="text_time",
+                addition_time_embed_dim=8,
+                projection_class_embeddings_input_dim=6 * 8 + WIDTH,
+                use_linear_projection=True,
+            ),
+            scheduler=DDIMScheduler(**BETAS, steps_offset=1, clip_sample=False),
+            add_watermarker=False,
+            **both,
+        )
+    return StableDiffusion3Pipeline(
+        transformer=SD3Transformer2DModel(
+            sample_size=4,
+            patch_size=1,
+            in_channels=4,
+            out_channels=4,
+            num_layers=2,
+            attention_head_dim=8,
+            num_attention_heads=4,
+            joint_attention_dim=2 * WIDTH,
+            caption_projection_dim=WIDTH,
+            pooled_projection_dim=2 * WIDTH,
+            pos_embed_max_size=8,
+        ),
+        vae=autoencoder(scaling_factor=1.5, shift_factor=0.06, use_quant_conv=False, use_post_quant_conv=False),
+        text_encoder=text_encoder(tokenizer, CLIPTextModelWithProjection),
+        text_encoder_2=text_encoder(tokenizer, CLIPTextModelWithProjection),
+        text_encoder_3=None,
+        tokenizer_3=None,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        **both,
+    )
+
+
+def save(family: str, folder: Path, seed: int = 0) -> Path:
+    """The untrained pipeline of a seed as a diffusers folder; AltDiffusion's under its published class names."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        made = pipeline(family)
+    made.save_pretrained(folder)
+    if family == "alt":
+        index = folder / "model_index.json"
+        text = index.read_text().replace("StableDiffusionPipeline", "AltDiffusionPipeline")
+        text = text.replace('"fx.families"', '"alt_diffusion"').replace(
+            "AltTextEncoder", "RobertaSeriesModelWithTransformation"
+        )
+        index.write_text(text)
+    return folder
