@@ -10,6 +10,7 @@ import ast
 import sys
 from pathlib import Path
 
+import nbformat
 import papermill
 import yaml
 
@@ -83,6 +84,20 @@ def main(words: list[str] | None = None) -> None:
         target = notebook if options.in_place else folder / notebook.name
         print(f"{notebook.name} -> {target}", flush=True)
         papermill.execute_notebook(notebook, target, values, cwd=str(NOTEBOOKS), log_output=False)
+        if options.in_place:
+            tidy(target)
+
+
+def tidy(notebook: Path) -> None:
+    """Take out of an executed notebook what says where and when it ran: papermill's marks and the standard error."""
+    content = nbformat.read(notebook, 4)
+    content.metadata.pop("papermill", None)
+    for cell in content.cells:
+        for mark in ("papermill", "execution"):
+            cell.metadata.pop(mark, None)
+        if cell.cell_type == "code":
+            cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr"]
+    nbformat.write(content, notebook)
 
 
 if __name__ == "__main__":

@@ -156,6 +156,21 @@ def test_main_in_place_writes_over_the_notebook_itself(notebooks, executed):
     assert values == {}
 
 
+def test_tidy_keeps_outputs_and_forgets_where_and_when(tmp_path):
+    cell = nbformat.v4.new_code_cell("print(1)", execution_count=1)
+    cell.outputs = [nbformat.v4.new_output("stream", name=name, text=name) for name in ("stdout", "stderr")]
+    cell.metadata |= {"papermill": {"duration": 1.0}, "execution": {"iopub.status.busy": "2026-01-01"}, "tags": ["parameters"]}
+    notebook = nbformat.v4.new_notebook(cells=[cell], metadata={"papermill": {"input_path": "/somewhere"}})
+    notebook.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3"}
+    nbformat.write(notebook, tmp_path / "a.ipynb")
+    reproduce.tidy(tmp_path / "a.ipynb")
+    found = nbformat.read(tmp_path / "a.ipynb", 4)
+    assert [output.text for output in found.cells[0].outputs] == ["stdout"]
+    assert found.cells[0].metadata == {"tags": ["parameters"]}
+    assert found.cells[0].execution_count == 1
+    assert set(found.metadata) == {"kernelspec"}
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

@@ -37,6 +37,11 @@ def test_all_weights_together_are_small_and_safe():
     assert {path.suffix for path in files} <= {".safetensors", ".json", ".md"}
 
 
+def test_no_file_says_where_it_was_made():
+    for file in MODELS.rglob("*.json"):
+        assert "_name_or_path" not in file.read_text(), file
+
+
 def test_the_pipeline_is_a_stock_stable_diffusion_pipeline():
     pipeline = StableDiffusionPipeline.from_pretrained(MODELS / "mini-sd", dtype=torch.float32)
     assert pipeline.unet.config.cross_attention_dim == pipeline.text_encoder.config.hidden_size

@@ -1,6 +1,7 @@
 """mini-sd: a latent diffusion model of Stable Diffusion's classes on mini-vae's latents and mini-clip's text tower."""
 
 import copy
+import json
 import shutil
 from pathlib import Path
 
@@ -121,4 +122,8 @@ def save(folder: Path, pipeline: StableDiffusionPipeline, clip: CLIPModel) -> No
     half = copy.deepcopy(pipeline).to(torch.float16)
     half.save_pretrained(folder / "mini-sd")
     (folder / "mini-sd/vae").rename(folder / "mini-vae")
+    for name in ("mini-vae", "mini-sd/unet"):  # where a part was loaded from is nobody's business
+        config = json.loads((file := folder / name / "config.json").read_text())
+        config.pop("_name_or_path", None)
+        file.write_text(json.dumps(config, indent=2) + "\n")
     (folder / "mini-sd/vae").symlink_to("../mini-vae")
