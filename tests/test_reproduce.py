@@ -159,7 +159,8 @@ def test_main_in_place_writes_over_the_notebook_itself(notebooks, executed):
 def test_tidy_keeps_outputs_and_forgets_where_and_when(tmp_path):
     cell = nbformat.v4.new_code_cell("print(1)", execution_count=1)
     cell.outputs = [nbformat.v4.new_output("stream", name=name, text=name) for name in ("stdout", "stderr")]
-    cell.metadata |= {"papermill": {"duration": 1.0}, "execution": {"iopub.status.busy": "2026-01-01"}, "tags": ["parameters"]}
+    cell.metadata |= {"papermill": {"duration": 1.0}, "execution": {"iopub.status.busy": "2026-01-01"}}
+    cell.metadata["tags"] = ["parameters"]
     notebook = nbformat.v4.new_notebook(cells=[cell], metadata={"papermill": {"input_path": "/somewhere"}})
     notebook.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3"}
     nbformat.write(notebook, tmp_path / "a.ipynb")
