@@ -19,11 +19,9 @@ from safetensors import SafetensorError, safe_open
 from fx.paths import MODELS
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
-PEFT_FILES = ("adapter_config.json", "adapter_model.safetensors")
 PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
 WEIGHT_PARTS = ("unet", "transformer", "text_encoder", "text_encoder_2", "text_encoder_3", "vae")
 LORA_MARKS = ("lora_down", "lora_up", "lora_A", "lora_B", "lora.down", "lora.up", "lora_linear_layer")
-KINDS = ("pipeline", "parts", "network", "lora", "peft", "single file")
 
 
 def find(name: str) -> Path:
@@ -64,7 +62,7 @@ def _snapshot(repository: str, revision: str | None) -> Path:
 
 
 def kind_of(path: Path) -> str:
-    """Which of KINDS a checkpoint is, once its weights are known to be whole safetensors.
+    """What kind of checkpoint a path is, once its weights are known to be whole safetensors.
 
     pipeline: a diffusers folder with model_index.json; parts: a folder with unet/ or transformer/; network: a folder that
     is one itself; lora: a file, or a folder with one, in diffusers' or kohya's layout; peft: a folder as
@@ -83,7 +81,7 @@ def kind_of(path: Path) -> str:
         return "parts"
     if (path / "config.json").is_file() and "_class_name" in _read_json(path / "config.json"):
         return "network"
-    if any((folder / PEFT_FILES[0]).is_file() for folder in (path, path / "unet", path / "transformer")):
+    if any((folder / "adapter_config.json").is_file() for folder in (path, path / "unet", path / "transformer")):
         return "peft"
     if lora_file(path):
         return "lora"
