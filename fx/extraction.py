@@ -12,27 +12,28 @@ from fx.datasets import from_uint8, load_images, load_item
 from fx.finetune import FineTune
 from fx.models import ModelPair, load_pair, load_pipeline
 from fx.sampling import Generate, sample
-from fx.similarity import copy_thresholds, descriptor_folder, descriptors, load_descriptor, similarity_matrix
+from fx.similarity import copy_thresholds, descriptor_path, descriptors, load_descriptor, similarity_matrix
 
 
 @dataclass(frozen=True)
 class Extract:
     """What to extract from generated images and how to score it.
 
-    descriptor: the copy-detection network; rule: how cliques become the extracted set (fx.cliques); strict, loose: the
-    thresholds tau of A-ESR (for SSCD 0.7 and 0.6; for mini-sscd see fx.similarity.copy_thresholds).
+    descriptor, preset: the copy-detection network and how images enter it (fx.similarity.load_descriptor); strict,
+    loose: the thresholds tau of A-ESR (fx.similarity.copy_thresholds); rule: how the extracted set is chosen (fx.cliques).
     """
 
     generate: Generate
     strict: float
     loose: float
     descriptor: str = "mini-sscd"
+    preset: str = "sscd"
     rule: str = "paper"
 
 
 @results.inputs.register
 def _(spec: Extract) -> dict[str, str]:
-    return {"descriptor": results.sha256_of(descriptor_folder(spec.descriptor))}
+    return {"descriptor": results.sha256_of(descriptor_path(spec.descriptor)[0])}
 
 
 @results.perform.register
@@ -45,7 +46,7 @@ def _(spec: Extract, folder: Path) -> None:
     finetune = spec.generate.finetune
     item = load_item(finetune.item, finetune.caption)
     generated = np.load(results.complete(spec.generate) / "images.npy")
-    network = load_descriptor(spec.descriptor)
+    network = load_descriptor(spec.descriptor, spec.preset)
     found = descriptors(network, from_uint8(generated))
     training = descriptors(network, load_images(item.training, generated.shape[1]))
     extraction = extract(similarity_matrix(found), item.n_training, rule=spec.rule)
@@ -55,10 +56,12 @@ def _(spec: Extract, folder: Path) -> None:
         "AS": metrics.average_similarity(training, extracted),
         "A-ESR_strict": metrics.extraction_success_rate(training, extracted, spec.strict),
         "A-ESR_loose": metrics.extraction_success_rate(training, extracted, spec.loose),
+        "AS_one_to_one": metrics.average_similarity(training, extracted, one_to_one=True),
         "AS_all": metrics.average_similarity(training, found),
         "n_training": item.n_training,
         "n_generated": len(generated),
-        "n_extracted": len(centres),
+        "n_extracted": extraction.n_extracted,
+        "n_unproven": extraction.proven.count(False),
         "phi": extraction.threshold,
     }
     best = (training @ extracted.T).argmax(axis=1)

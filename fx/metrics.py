@@ -4,10 +4,16 @@ Training and extracted images enter as descriptors, one row each; sim is their c
 """
 
 import numpy as np
+from scipy.optimize import linear_sum_assignment
+from scipy.stats import binomtest
 
 
-def best_match(training: np.ndarray, extracted: np.ndarray) -> np.ndarray:
+def best_match(training: np.ndarray, extracted: np.ndarray, one_to_one: bool = False) -> np.ndarray:
     """max_j sim(X0_i, X_j) of Eq. 1 and 2: float64 [m] in [-1, 1] of descriptors [m, d] and [k, d], any length of rows.
+
+    In Eq. 1 and 2 one extracted image can be the best match of several training images. one_to_one: each is given to one
+    training image at most, so that the sum of similarities is highest (linear assignment); training images for which none
+    is left have -1, the lowest similarity.
 
     Raises ValueError if a set is empty, if the dimensions differ, or for rows that are all zero or not finite.
     """
@@ -17,20 +23,42 @@ def best_match(training: np.ndarray, extracted: np.ndarray) -> np.ndarray:
             f"Training descriptors have {training.shape[1]} dimensions, extracted ones {extracted.shape[1]}: "
             "compute both with the same network."
         )
-    return np.clip(training @ extracted.T, -1, 1).max(axis=1)
+    similarity = np.clip(training @ extracted.T, -1, 1)
+    if not one_to_one:
+        return similarity.max(axis=1)
+    matched = np.full(len(training), -1.0)
+    rows, columns = linear_sum_assignment(similarity, maximize=True)
+    matched[rows] = similarity[rows, columns]
+    return matched
 
 
-def average_similarity(training: np.ndarray, extracted: np.ndarray) -> float:
-    """AS, Eq. 1, in [0, 1].
+def average_similarity(training: np.ndarray, extracted: np.ndarray, one_to_one: bool = False) -> float:
+    """AS, Eq. 1, in [0, 1]; one_to_one as in `best_match`.
 
     Sec. 3.2 has sim "ranging from 0 to 1" while a cosine can be negative, so a negative best match counts as 0.
     """
-    return float(np.clip(best_match(training, extracted), 0, 1).mean())
+    return float(np.clip(best_match(training, extracted, one_to_one), 0, 1).mean())
 
 
-def extraction_success_rate(training: np.ndarray, extracted: np.ndarray, threshold: float) -> float:
+def extraction_success_rate(
+    training: np.ndarray, extracted: np.ndarray, threshold: float, one_to_one: bool = False
+) -> float:
     """A-ESR_tau, Eq. 2, in [0, 1]: the share of training images whose best match is above (not at) `threshold`."""
-    return float((best_match(training, extracted) > threshold).mean())
+    return float((best_match(training, extracted, one_to_one) > threshold).mean())
+
+
+def extraction_success_interval(
+    training: np.ndarray, extracted: np.ndarray, threshold: float, level: float = 0.95, method: str = "exact"
+) -> tuple[float, float]:
+    """Interval of one item's A-ESR_tau, in [0, 1]; method: "exact" (Clopper and Pearson, 1934) or "wilson" (1927).
+
+    It takes the item's training images for independent draws: of images like them, what share would be extracted? For
+    several items use `bootstrap_interval`.
+    """
+    _check_level(level)
+    matches = best_match(training, extracted)
+    interval = binomtest(int((matches > threshold).sum()), len(matches)).proportion_ci(level, method)
+    return float(interval.low), float(interval.high)
 
 
 def bootstrap_interval(
@@ -44,8 +72,7 @@ def bootstrap_interval(
     values = np.asarray(values, dtype=np.float64)
     if values.ndim != 1 or values.size == 0 or not np.isfinite(values).all():
         raise ValueError(f"Values must be a non-empty list of finite numbers, one per item; they are {values}.")
-    if not 0 < level < 1:
-        raise ValueError(f"The level of an interval lies between 0 and 1, such as 0.95; it is {level}.")
+    _check_level(level)
     if values.size == 1:
         return float("nan"), float("nan")
     chosen = np.random.default_rng(seed).integers(values.size, size=(draws, values.size))
@@ -78,6 +105,11 @@ def copy_threshold(negatives: np.ndarray, false_positive_rate: float) -> float:
             f"finite similarities of unrelated pairs; there are {np.isfinite(negatives).sum()} of {negatives.size}."
         )
     return float(np.quantile(negatives, 1 - false_positive_rate, method="inverted_cdf"))
+
+
+def _check_level(level: float) -> None:
+    if not 0 < level < 1:
+        raise ValueError(f"The level of an interval lies between 0 and 1, such as 0.95; it is {level}.")
 
 
 def _unit_rows(descriptors: np.ndarray, name: str) -> np.ndarray:

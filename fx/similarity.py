@@ -1,10 +1,12 @@
 """Copy-detection descriptors and their cosine similarity (Sec. 3.2 and 4.3).
 
 sim(x, x') of the paper is the inner product of two unit-length descriptors. The default descriptor network is the
-shipped `mini-sscd`, in the role of SSCD (Pizzi et al., 2022).
+shipped `mini-sscd`, in the role of SSCD (Pizzi et al., 2022), whose published TorchScript files are read too.
 """
 
 import json
+import re
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -12,9 +14,19 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torchvision.transforms import v2
 from tqdm import tqdm
 
 from fx.paths import MODELS
+from fx.results import sha256_of
+
+# How images enter SSCD: "sscd" as its authors recommend (shorter side 288, ImageNet statistics), "published" as the code
+# of the paper does.
+PRESETS = {
+    "sscd": (v2.Resize(288), v2.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))),
+    "published": (v2.Resize(256), v2.CenterCrop(224), v2.Normalize((0.5,) * 3, (0.5,) * 3)),
+}
+SSCD_THRESHOLDS = (0.6, 0.7)  # tau of A-ESR in the paper, Sec. 3.2
 
 
 class BasicBlock(nn.Module):
@@ -93,27 +105,74 @@ class MiniSSCD(nn.Module):
         return model.eval()
 
 
-def descriptor_folder(name: str | Path) -> Path:
-    """The folder of a shipped descriptor ("mini-sscd") or of a path to one; FileNotFoundError if there is none."""
+class SSCD(nn.Module):
+    """A TorchScript network with the preprocessing of one of PRESETS before it and unit length after it."""
+
+    def __init__(self, network: nn.Module, preset: str):
+        super().__init__()
+        self.network = network
+        self.prepare = v2.Compose(PRESETS[preset])
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Images [n, 3, h, w] in [-1, 1], any size -> descriptors [n, d] of unit length."""
+        return F.normalize(self.network(self.prepare((images + 1) / 2)))
+
+
+def descriptor_path(name: str | Path) -> tuple[Path, str | None]:
+    """Where a descriptor lies, and the SHA-256 that its name promises (TorchScript files only).
+
+    name: "mini-sscd" (shipped), a folder written by `MiniSSCD.save_pretrained`, or a TorchScript file of SSCD as
+    "FILE@sha256:DIGEST" with the 64 hex digits. FileNotFoundError if there is nothing, ValueError for a file without digest.
+    """
     for folder in (MODELS / name, Path(name).expanduser()):
         if (folder / "config.json").is_file():
-            return folder
-    raise FileNotFoundError(
-        f"unknown descriptor {str(name)!r}: it is neither 'mini-sscd' nor a folder with config.json and model.safetensors"
-    )
+            return folder, None
+    file, _, digest = str(name).partition("@sha256:")
+    path = Path(file).expanduser()
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"unknown descriptor {str(name)!r}: it is neither 'mini-sscd' nor a folder with config.json and "
+            "model.safetensors nor a TorchScript file FILE@sha256:DIGEST"
+        )
+    if not re.fullmatch("[0-9a-fA-F]{64}", digest):
+        raise ValueError(
+            f"{path} is a program, not only numbers: name it with the SHA-256 you expect, as {path}@sha256:DIGEST. "
+            f"The file has {sha256_of(path)}; compare that with a source you trust."
+        )
+    return path, digest.lower()
 
 
-def load_descriptor(name: str | Path) -> MiniSSCD:
-    """The descriptor network `name` (see `descriptor_folder`), in eval mode."""
-    return MiniSSCD.from_pretrained(descriptor_folder(name))
+def load_descriptor(name: str | Path, preset: str = "sscd") -> nn.Module:
+    """The descriptor network `name` (see `descriptor_path`) in eval mode: images [n, 3, h, w] in [-1, 1] -> [n, d].
+
+    preset: how images enter a TorchScript SSCD, one of PRESETS; the mini-sscd has its own size and ignores it.
+    Raises ValueError for another preset, for a file with another SHA-256 and for one that is not TorchScript.
+    """
+    if preset not in PRESETS:
+        raise ValueError(f"unknown preset {preset!r}: choose one of {', '.join(PRESETS)}")
+    path, digest = descriptor_path(name)
+    if digest is None:
+        return MiniSSCD.from_pretrained(path)
+    if (found := sha256_of(path)) != digest:
+        raise ValueError(f"{path} has the SHA-256 {found}, not {digest}: it is damaged or another file. Load it again.")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # torch deprecates the format of SSCD's published files
+            network = torch.jit.load(path, map_location="cpu")
+    except RuntimeError as error:
+        raise ValueError(f"{path} is not a TorchScript file: {str(error).splitlines()[0]}") from None
+    return SSCD(network, preset).eval()
 
 
 def copy_thresholds(name: str | Path) -> tuple[float, float]:
-    """The loose and the strict similarity of a descriptor, the roles of SSCD's 0.6 and 0.7 in the paper (Sec. 3.2).
+    """The loose and the strict similarity of a descriptor, tau of A-ESR: for SSCD 0.6 and 0.7 (Sec. 3.2).
 
-    They were measured when the descriptor was trained (notebook 00); ValueError if its folder does not hold them.
+    Those of a MiniSSCD were measured when it was trained (notebook 00); ValueError if its folder does not hold them.
     """
-    thresholds = json.loads((descriptor_folder(name) / "config.json").read_text()).get("thresholds")
+    path, digest = descriptor_path(name)
+    if digest is not None:
+        return SSCD_THRESHOLDS
+    thresholds = json.loads((path / "config.json").read_text()).get("thresholds")
     if thresholds is None:
         raise ValueError(f"the descriptor {str(name)!r} was saved without thresholds: give them to save_pretrained")
     return thresholds["loose"], thresholds["strict"]

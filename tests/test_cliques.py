@@ -1,6 +1,8 @@
-"""Cliques against brute force, networkx and networkit; the three rules against constructions whose answer is known."""
+"""Cliques against brute force, networkx and networkit; the four rules against constructions whose answer is known."""
 
 import itertools
+import subprocess
+import sys
 import warnings
 
 import networkit
@@ -11,7 +13,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fx import cliques
-from fx.cliques import RULES, extract, largest_cliques
+from fx.cliques import RULES, count_maximal_cliques, extract, largest_cliques
+
+
+def partition(similarity, threshold, **options):
+    """The cliques of `largest_cliques`, all of them proven."""
+    found, proven = largest_cliques(similarity, threshold, **options)
+    assert proven == [True] * len(found)
+    return found
 
 
 def symmetric(n, pairs):
@@ -22,9 +31,9 @@ def symmetric(n, pairs):
 
 
 @st.composite
-def small_similarities(draw):
-    """Matrices up to n = 10 in tenths: many equal similarities, hence many ties."""
-    n = draw(st.integers(1, 10))
+def small_similarities(draw, largest=10):
+    """Matrices up to n = `largest` in tenths: many equal similarities, hence many ties."""
+    n = draw(st.integers(1, largest))
     count = n * (n - 1) // 2
     return symmetric(n, np.array(draw(st.lists(st.integers(-3, 10), min_size=count, max_size=count))) / 10)
 
@@ -64,10 +73,10 @@ def brute_force(similarity, threshold):
     return result
 
 
-@given(small_similarities(), st.integers(-3, 11))
-@settings(max_examples=120)
+@given(small_similarities(largest=12), st.integers(-3, 11))
+@settings(max_examples=120, deadline=None)
 def test_partition_equals_brute_force(similarity, tenths):
-    assert largest_cliques(similarity, tenths / 10) == brute_force(similarity, tenths / 10)
+    assert partition(similarity, tenths / 10) == brute_force(similarity, tenths / 10)
 
 
 def by_size(found):
@@ -84,20 +93,20 @@ def renamed(found, order):
 @settings(max_examples=50, derandomize=True)
 def test_partition_does_not_depend_on_the_order_of_images(similarity, tenths, random):
     n = len(similarity)
-    noise = np.triu(np.random.default_rng(n).uniform(0, 0.01, (n, n)), 1)  # so that no two sums agree
+    noise = np.triu(np.random.default_rng(n).uniform(-0.01, 0, (n, n)), 1)  # so that no two sums agree
     similarity = similarity + noise + noise.T
     order = random.sample(range(n), n)
-    expected = largest_cliques(similarity, tenths / 10)
-    permuted = largest_cliques(similarity[np.ix_(order, order)], tenths / 10)
+    expected = partition(similarity, tenths / 10)
+    permuted = partition(similarity[np.ix_(order, order)], tenths / 10)
     assert renamed(permuted, order) == by_size(expected)
 
 
-@pytest.mark.parametrize("quantile", [0.3, 0.6, 0.9])
-def test_partition_equals_networkx_at_each_step(quantile):
-    similarity, _ = clustered(60, 6, noise=1.2)
+@pytest.mark.parametrize(("n", "quantile"), [(60, 0.3), (60, 0.6), (60, 0.9), (200, 0.75), (200, 0.9)])
+def test_partition_equals_networkx_at_each_step(n, quantile):
+    similarity, _ = clustered(n, n // 10, noise=1.2)
     threshold = round(np.quantile(similarity, quantile), 2)
     rest = graph(similarity, threshold)
-    for clique in largest_cliques(similarity, threshold):
+    for clique in partition(similarity, threshold):
         assert all(rest.has_edge(*pair) for pair in itertools.combinations(clique, 2))
         assert len(clique) == networkx.max_weight_clique(rest, weight=None)[1]
         rest.remove_nodes_from(clique)
@@ -111,63 +120,78 @@ def test_largest_clique_equals_networkit_on_a_larger_graph():
     other = networkit.GraphFromCoo(tuple(np.ascontiguousarray(edges.T)), n=200)
     search = networkit.clique.MaximalCliques(other, maximumOnly=True)
     search.run()
-    assert len(largest_cliques(similarity, threshold, at_most=1)[0]) == len(search.getCliques()[0])
+    assert len(partition(similarity, threshold, at_most=1)[0]) == len(search.getCliques()[0])
 
 
 def test_larger_partition_does_not_depend_on_the_order_of_images():
     similarity, _ = clustered(120, 8, noise=1.3)
     order = np.random.default_rng(1).permutation(120)
-    expected = largest_cliques(similarity, 0.2)
-    permuted = largest_cliques(similarity[np.ix_(order, order)], 0.2)
+    expected = partition(similarity, 0.2)
+    permuted = partition(similarity[np.ix_(order, order)], 0.2)
     assert renamed(permuted, order) == by_size(expected)
-    assert largest_cliques(similarity, 0.2) == expected
+    assert partition(similarity, 0.2) == expected
 
 
 @pytest.mark.parametrize("n", [1, 2, 7, 150])
 def test_complete_empty_and_disconnected_graphs(n):
     same = np.ones((n, n))
-    assert largest_cliques(same, 1.0) == [tuple(range(n))]
-    assert largest_cliques(same, 1.01, at_most=5) == [(i,) for i in range(min(n, 5))]
+    assert partition(same, 1.0) == [tuple(range(n))]
+    assert partition(same, 1.01, at_most=5) == [(i,) for i in range(min(n, 5))]
     halves = np.kron(np.eye(2), same[: n // 2 + 1, : n // 2 + 1])
-    first, second = largest_cliques(halves, 0.5)
+    first, second = partition(halves, 0.5)
     assert (first, second) == (tuple(range(n // 2 + 1)), tuple(range(n // 2 + 1, len(halves))))
 
 
 def test_no_images_have_no_cliques():
-    assert largest_cliques(np.empty((0, 0)), 0.5) == []
+    assert partition(np.empty((0, 0)), 0.5) == []
 
 
 def test_threshold_is_inclusive_in_millionths():
     similarity = symmetric(3, np.float32([0.3, 0.299999, 0.2999999]))
-    assert largest_cliques(similarity, 0.3) == [(0, 1), (2,)]  # 0.2999999 rounds to 0.3: a tie, so the lower indices
-    assert largest_cliques(similarity, 0.299999) == [(0, 1, 2)]
-    assert largest_cliques(similarity, 0.300001) == [(0,), (1,), (2,)]
+    assert partition(similarity, 0.3) == [(0, 1), (2,)]  # 0.2999999 rounds to 0.3: a tie, so the lower indices
+    assert partition(similarity, 0.299999) == [(0, 1, 2)]
+    assert partition(similarity, 0.300001) == [(0,), (1,), (2,)]
 
 
 def test_at_most_gives_the_beginning_of_the_partition():
     similarity, _ = clustered(40, 5)
-    assert largest_cliques(similarity, 0.3, at_most=3) == largest_cliques(similarity, 0.3)[:3]
+    assert partition(similarity, 0.3, at_most=3) == partition(similarity, 0.3)[:3]
 
 
-def test_search_cut_short_warns_and_still_partitions(monkeypatch):
-    rng = np.random.default_rng(0)
-    similarity = symmetric(60, rng.random(60 * 59 // 2))
-    monkeypatch.setattr(cliques, "NODES", 3)
-    with pytest.warns(UserWarning, match="may not be the largest"):
-        found = largest_cliques(similarity, 0.3)
+def test_search_cut_short_says_so_and_still_partitions():
+    similarity = symmetric(60, np.random.default_rng(0).random(60 * 59 // 2))
+    with pytest.warns(UserWarning, match=r"(\d+) of \d+ cliques at phi = 0.30 may not be the largest"):
+        found, proven = largest_cliques(similarity, 0.3, budget=300)
     assert sorted(itertools.chain(*found)) == list(range(60))
     assert all(similarity[p] >= 0.3 for clique in found for p in itertools.combinations(clique, 2))
+    rest = graph(similarity, 0.3)
+    for clique, is_proven in zip(found, proven, strict=True):
+        assert not is_proven or len(clique) == networkx.max_weight_clique(rest, weight=None)[1]
+        rest.remove_nodes_from(clique)
+    assert 0 < sum(proven) < len(proven)  # hard ones first, small graphs are proven in a few steps
+    assert all(largest_cliques(similarity, 0.3)[1])
+
+
+@pytest.mark.parametrize("budget", [1, 30, 1000])
+def test_search_cut_short_does_not_depend_on_the_order_of_images(budget):
+    similarity = symmetric(50, np.random.default_rng(3).random(50 * 49 // 2))
+    order = np.random.default_rng(4).permutation(50)
+    with warnings.catch_warnings(action="ignore"):
+        found, proven = largest_cliques(similarity, 0.4, budget=budget)
+        permuted, same_proven = largest_cliques(similarity[np.ix_(order, order)], 0.4, budget=budget)
+    assert renamed(permuted, order) == by_size(found)
+    assert same_proven == proven
 
 
 @pytest.mark.parametrize(("seed", "threshold"), [(20, 0.7), (26, 0.5), (46, 0.5)])
 def test_ties_cut_short_still_remove_a_largest_clique_at_each_step(monkeypatch, seed, threshold):
     similarity = symmetric(40, np.random.default_rng(seed).random(40 * 39 // 2))
-    monkeypatch.setattr(cliques, "TIE_NODES", 0)
+    monkeypatch.setattr(cliques, "TIE_BUDGET", 0)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        found = largest_cliques(similarity, threshold)
+        found = partition(similarity, threshold)
         order = np.random.default_rng(0).permutation(40)
-        permuted = largest_cliques(similarity[np.ix_(order, order)], threshold)
+        permuted = partition(similarity[np.ix_(order, order)], threshold)
     assert renamed(permuted, order) == by_size(found)
     rest = graph(similarity, threshold)
     for clique in found:
@@ -188,12 +212,14 @@ def test_clear_clusters_are_found(rule):
 
 @given(small_similarities(), st.data(), st.sampled_from(RULES))
 @settings(max_examples=80)
-def test_exactly_n_training_disjoint_cliques_with_their_centres(similarity, data, rule):
+def test_disjoint_cliques_with_their_centres_as_many_as_training_images(similarity, data, rule):
     if len(similarity) < 2:
         return
     n_training = data.draw(st.integers(1, len(similarity)))
     result = extract(similarity, n_training, rule)
-    assert len(result.cliques) == len(result.centres) == n_training
+    assert len(result.cliques) == len(result.centres) == result.n_extracted
+    assert result.n_extracted == n_training or (rule == "published" and result.n_extracted > n_training)
+    assert result.proven == (True,) * result.n_extracted
     members = list(itertools.chain(*result.cliques))
     assert len(members) == len(set(members))
     for clique, centre in zip(result.cliques, result.centres, strict=True):
@@ -209,11 +235,11 @@ def test_paper_sweep_stops_at_the_first_threshold_with_enough_cliques():
     start = np.floor(np.quantile(similarity[np.triu_indices(20, 1)], 0.25) * 100) / 100
     for n_training in (2, 6, 9):
         expected = start
-        while len(largest_cliques(similarity, expected)) < n_training:
+        while len(partition(similarity, expected)) < n_training:
             expected = round(expected + 0.01, 2)
         result = extract(similarity, n_training, "paper")
         assert result.threshold == pytest.approx(expected)
-        assert list(result.cliques) == largest_cliques(similarity, expected)[:n_training]
+        assert list(result.cliques) == partition(similarity, expected)[:n_training]
     assert result.threshold > start
 
 
@@ -273,10 +299,66 @@ def test_peaks_raise_phi_when_the_images_are_used_up():
 @pytest.mark.parametrize("rule", RULES)
 def test_identical_images_and_as_many_training_as_generated_images(rule):
     result = extract(np.ones((6, 6)), 3, rule)
-    assert result.centres == (0, 1, 2)
+    assert result.centres == tuple(range(6 if rule == "published" else 3))
     assert result.threshold == pytest.approx(1.01)
     similarity, _ = clustered(12, 3)
     assert sorted(extract(similarity, 12, rule).centres) == list(range(12))
+
+
+@given(small_similarities(largest=12), st.integers(-3, 11))
+@settings(max_examples=60, deadline=None)
+def test_number_of_maximal_cliques_equals_networkx(similarity, tenths):
+    expected = sum(1 for _ in networkx.find_cliques(graph(similarity, tenths / 10)))
+    assert count_maximal_cliques(similarity, tenths / 10) == expected
+    assert count_maximal_cliques(similarity, tenths / 10, limit=2) == min(expected, 3)
+
+
+def test_number_of_maximal_cliques_of_larger_graphs():
+    similarity, _ = clustered(90, 6, noise=1.2)
+    for quantile in (0.6, 0.8, 0.95):
+        threshold = round(np.quantile(similarity, quantile), 2)
+        expected = sum(1 for _ in networkx.find_cliques(graph(similarity, threshold)))
+        assert expected > 50
+        assert count_maximal_cliques(similarity, threshold) == expected
+    # three of each of n / 3 groups are not joined: 3 ** (n / 3) maximal cliques (Moon and Moser, 1965)
+    assert count_maximal_cliques(1 - np.kron(np.eye(7), np.ones((3, 3))), 0.5) == 3**7
+
+
+@pytest.mark.parametrize("enumerated", [150, 400, 1000])
+def test_published_skips_what_takes_too_many_cliques_and_keeps_every_clique(monkeypatch, enumerated):
+    similarity, _ = clustered(60, 6, noise=1.2)
+    monkeypatch.setattr(cliques, "ENUMERATED", enumerated)
+    phi = extract(similarity, 1, "paper").threshold
+    while True:
+        found = sum(1 for _ in networkx.find_cliques(graph(similarity, phi)))
+        if found <= enumerated and len(partition(similarity, phi)) >= 7:
+            break
+        phi = round(phi + 0.01, 2)
+    result = extract(similarity, 7, "published")
+    assert result.threshold == pytest.approx(phi)
+    assert list(result.cliques) == partition(similarity, phi)
+    assert result.n_extracted >= 7
+
+
+def test_a_given_phi_is_kept():
+    similarity = blocks((3, 0.9), (5, 0.6), (2, 0.99))
+    a, b, pair = (0, 1, 2), (3, 4, 5, 6, 7), (8, 9)
+    assert extract(similarity, 2, "paper", threshold=0.5).cliques == (b, a)
+    assert extract(similarity, 2, "published", threshold=0.5).cliques == (b, a, pair)
+    assert extract(similarity, 2, "tightest", threshold=0.5).cliques == (a, b)
+    assert extract(similarity, 2, "peaks", threshold=0.5).cliques == (b, a)
+    few = extract(similarity, 10, "paper", threshold=0.5)
+    assert (few.n_extracted, few.threshold) == (3, 0.5)
+    with pytest.raises(ValueError, match="between -1 and 1; it is 60"):
+        extract(similarity, 2, threshold=60)
+
+
+def test_numba_is_not_imported_before_a_graph_is_searched():
+    code = (
+        "import sys, fx.cliques, fx.extraction, numpy; assert 'numba' not in sys.modules;"
+        "fx.cliques.extract(numpy.eye(4), 2); assert 'numba' in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -300,7 +382,8 @@ def test_extraction_does_not_depend_on_the_order_of_images(rule):
         (np.ones((3, 3)), 0, "paper", r"1\.\.3.*it is 0"),
         (np.ones((3, 3)), 4, "peaks", r"1\.\.3.*it is 4"),
         (np.ones((1, 1)), 1, "paper", "at least 2"),
-        (np.ones((3, 3)), 1, "best", "Unknown rule 'best'.*paper, tightest, peaks"),
+        (np.array([[1, 7.0], [7.0, 1]]), 1, "paper", r"images 0 and 1 is 7\.0, beyond -1\.\.1"),
+        (np.ones((3, 3)), 1, "best", "Unknown rule 'best'.*paper, published, tightest, peaks"),
     ],
 )
 def test_what_cannot_be_clustered_is_refused_with_the_reason(similarity, n_training, rule, message):

@@ -13,6 +13,7 @@ from fx.metrics import (
     best_match,
     bootstrap_interval,
     copy_threshold,
+    extraction_success_interval,
     extraction_success_rate,
     paired_interval,
 )
@@ -64,6 +65,42 @@ def test_success_rate_is_strict_and_averages_over_training_images():
     assert extraction_success_rate(training, extracted, match[1]) == pytest.approx(1 / 3)
     assert extraction_success_rate(training, extracted, 0.59) == pytest.approx(2 / 3)
     assert extraction_success_rate(training, np.tile(extracted, (4, 1)), 0.59) == pytest.approx(2 / 3)
+
+
+@given(st.integers(1, 5), st.integers(1, 5), st.integers(0, 200))
+@settings(max_examples=60)
+def test_one_to_one_match_equals_the_best_of_all_assignments(m, k, seed):
+    rng = np.random.default_rng(seed)
+    training, extracted = rng.standard_normal((m, 4)), rng.standard_normal((k, 4))
+    cosine = [[t @ e / np.sqrt((t @ t) * (e @ e)) for e in extracted] for t in training]
+    candidates = []
+    slots = [*range(k), *[None] * m]  # None: no extracted image is left
+    for chosen in set(itertools.permutations(slots, m)):
+        if sum(j is not None for j in chosen) == min(m, k):
+            candidates.append([-1 if j is None else cosine[i][j] for i, j in enumerate(chosen)])
+    best = max(candidates, key=lambda c: sum(x for x in c if x != -1))
+    assert best_match(training, extracted, one_to_one=True) == pytest.approx(best)
+    assert (best_match(training, extracted, one_to_one=True) <= best_match(training, extracted) + 1e-12).all()
+
+
+def test_one_extracted_image_counts_once_when_matched_one_to_one():
+    training, extracted = at_angles(0, 10, 90), at_angles(2, 180)
+    assert extraction_success_rate(training, extracted, 0.9) == pytest.approx(2 / 3)
+    assert extraction_success_rate(training, extracted, 0.9, one_to_one=True) == pytest.approx(1 / 3)
+    assert average_similarity(training, extracted, one_to_one=True) == pytest.approx(np.cos(np.radians(2)) / 3)
+
+
+@pytest.mark.parametrize(("successes", "n"), [(0, 10), (3, 10), (5, 5)])
+@pytest.mark.parametrize("level", [0.9, 0.95])
+def test_success_intervals_are_the_solutions_of_their_equations(successes, n, level):
+    training = np.repeat(np.eye(2), (successes, n - successes), axis=0)
+    tail = (1 - level) / 2
+    low, high = extraction_success_interval(training, np.eye(2)[:1], 0.5, level)
+    assert (low == 0) if successes == 0 else scipy.stats.binom.sf(successes - 1, n, low) == pytest.approx(tail)
+    assert (high == 1) if successes == n else scipy.stats.binom.cdf(successes, n, high) == pytest.approx(tail)
+    z, share = scipy.stats.norm.isf(tail), successes / n
+    for bound in extraction_success_interval(training, np.eye(2)[:1], 0.5, level, "wilson"):
+        assert n * (share - bound) ** 2 == pytest.approx(z**2 * bound * (1 - bound), abs=1e-9)
 
 
 @pytest.mark.parametrize("level", [0.5, 0.9, 0.95])
@@ -142,6 +179,8 @@ def test_copy_threshold_is_the_lowest_that_keeps_the_rate_even_with_ties(negativ
         (lambda: bootstrap_interval([]), "non-empty"),
         (lambda: bootstrap_interval([0.1, np.nan]), "finite"),
         (lambda: bootstrap_interval([0.1, 0.2], level=95), "it is 95"),
+        (lambda: extraction_success_interval(np.eye(2), np.eye(2), 0.5, level=95), "it is 95"),
+        (lambda: extraction_success_interval(np.eye(2), np.eye(2), 0.5, method="wald"), "method"),
         (lambda: paired_interval([1, 2], [1, 2, 3]), r"not \(2,\) and \(3,\)"),
         (lambda: copy_threshold(np.zeros(50), 0.01), "at least 100 .* there are 50 of 50"),
         (lambda: copy_threshold(np.zeros(50), 1.5), "it is 1.5"),

@@ -1,6 +1,8 @@
 """The descriptor network and the similarity matrix against plain twins."""
 
+import hashlib
 import json
+import warnings
 
 import numpy as np
 import pytest
@@ -9,7 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch.nn import functional as F
+from torchvision import transforms
 from torchvision.models.resnet import BasicBlock as ReferenceBlock
+from torchvision.transforms.functional import to_pil_image
 
 from fx import similarity
 from fx.similarity import BasicBlock, MiniSSCD, copy_thresholds, descriptors, load_descriptor, similarity_matrix
@@ -117,6 +121,77 @@ def test_what_is_no_descriptor_is_refused_with_the_reason(tmp_path):
     (tmp_path / "model.safetensors").write_bytes(b"")
     with pytest.raises(ValueError, match="does not describe a MiniSSCD"):
         load_descriptor(tmp_path)
+
+
+class Averages(torch.nn.Module):
+    """In place of SSCD's network: averages over a grid of 4 x 4, so that resizing, cropping and normalisation show."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(1))
+
+    def forward(self, x):
+        return torch.nn.functional.adaptive_avg_pool2d(x * self.weight, 4).flatten(1)
+
+
+@pytest.fixture
+def torchscript(tmp_path):
+    """A TorchScript file and its digest."""
+    path = tmp_path / "sscd.torchscript.pt"
+    with warnings.catch_warnings(action="ignore"):
+        torch.jit.script(Averages()).save(str(path))
+    return path, hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+@pytest.mark.parametrize(
+    ("preset", "twin"),
+    [
+        (
+            "sscd",
+            [
+                transforms.Resize(288),
+                transforms.ToTensor(),
+                transforms.Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]),
+            ],
+        ),
+        (
+            "published",
+            [
+                transforms.Resize(256),
+                transforms.CenterCrop(224),
+                transforms.ToTensor(),
+                transforms.Normalize([0.5], [0.5]),
+            ],
+        ),
+    ],
+)
+def test_torchscript_sees_images_as_a_user_of_sscd_would_prepare_them(torchscript, preset, twin):
+    path, digest = torchscript
+    image = F.interpolate(pictures(1, 9), size=(96, 120), mode="bicubic").clamp(-1, 1)
+    image = ((image + 1) * 127.5).round() / 127.5 - 1  # a picture of 8 bits
+    network = load_descriptor(f"{path}@sha256:{digest.upper()}", preset)
+    prepared = transforms.Compose(twin)(to_pil_image(((image[0] + 1) * 127.5).round().byte()))
+    expected = F.normalize(Averages()(prepared[None])).detach().numpy()
+    np.testing.assert_allclose(descriptors(network, image), expected, atol=5e-4)  # Pillow rounds when it resizes
+    assert not network.training
+    assert copy_thresholds(f"{path}@sha256:{digest}") == (0.6, 0.7)
+
+
+def test_torchscript_is_a_program_and_taken_by_its_digest_only(torchscript, tmp_path):
+    path, digest = torchscript
+    with pytest.raises(ValueError, match=f"name it with the SHA-256 you expect.*The file has {digest}"):
+        load_descriptor(path)
+    with pytest.raises(ValueError, match="name it with the SHA-256"):
+        load_descriptor(f"{path}@sha256:{digest[:-1]}")
+    with pytest.raises(ValueError, match=f"has the SHA-256 {digest}, not {'0' * 64}"):
+        load_descriptor(f"{path}@sha256:{'0' * 64}")
+    with pytest.raises(ValueError, match="unknown preset 'sscd2': choose one of sscd, published"):
+        load_descriptor(f"{path}@sha256:{digest}", "sscd2")
+    with pytest.raises(FileNotFoundError, match="neither 'mini-sscd' nor a folder"):
+        load_descriptor(f"{path}x@sha256:{digest}")
+    (tmp_path / "no.pt").write_bytes(b"text")
+    with pytest.raises(ValueError, match=r"no\.pt is not a TorchScript file"):
+        load_descriptor(f"{tmp_path / 'no.pt'}@sha256:{hashlib.sha256(b'text').hexdigest()}")
 
 
 def test_descriptors_are_unit_rows_and_do_not_depend_on_batches_or_mode():
