@@ -214,10 +214,20 @@ def test_one_network_answers_for_both_models_in_one_forward_pass(lora_pair, aske
                 assert torch.allclose(part, wanted, atol=1e-5)
     assert batches == [6, 6]
     assert (expected[0] - expected[1]).abs().max() > 1e-3
-    assert not any(layer._forward_pre_hooks for layer in lora_pair.tuned.unet.modules())
+    assert not any(layer._forward_hooks for layer in lora_pair.tuned.unet.modules())
 
 
-def test_dora_which_peft_cannot_mix_is_asked_twice(tiny_sd, asked):
+@pytest.mark.parametrize("ends", [(("base", False), ("base", True)), (("tuned", True), ("base", True))])
+def test_any_two_predictions_can_be_asked_for(lora_pair, asked, ends):
+    x, t, _ = asked
+    with torch.no_grad():
+        found = lora_pair.predictions(*ends, "a dog")(x, t)
+        for part, (model, captioned) in zip(found, ends, strict=True):
+            wanted = lora_pair.predict(model, x, t, lora_pair.condition(model, "a dog" if captioned else ""))
+            assert torch.allclose(part, wanted, atol=1e-5)
+
+
+def test_dora_which_cannot_be_mixed_is_asked_twice(tiny_sd, asked):
     first = models.load_pipeline(str(tiny_sd))
     first.unet.add_adapter(
         LoraConfig(r=2, lora_alpha=2, target_modules=["to_q"], use_dora=True, init_lora_weights=False)
