@@ -11,11 +11,14 @@ from typing import NamedTuple
 
 import numba
 import numpy as np
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic
 
-SLACK = 8  # how much smaller cliques are sought than needed, which tightens bounds for later rounds,
-PATIENCE = 50_000  # for this number of steps per vertex
+SLACK = 4  # how much smaller cliques than needed are sought while that is cheap: it tightens bounds for later rounds
 ONE = np.uint64(1)
 EMPTY = np.uint64(0)
+FALSE = ir.Constant(ir.IntType(1), 0)
 
 
 class Search(NamedTuple):
@@ -41,22 +44,53 @@ class Search(NamedTuple):
     steps: np.ndarray
 
 
-def new_search(rows: np.ndarray, weights: np.ndarray, order: np.ndarray, bounds: np.ndarray) -> Search:
-    """The search before any clique is removed (shapes as in Search)."""
-    n, words = rows.shape
-    alive = np.zeros(words * 64, np.uint8)
-    alive[:n] = 1
-    return Search(
-        rows,
-        np.packbits(alive, bitorder="little").view(np.uint64),
-        weights,
-        order,
-        bounds,
-        known=np.zeros((n + 1, words), np.uint64),
-        sizes=np.zeros(n + 1, np.int64),
-        totals=np.zeros(n + 1, np.int64),
-        steps=np.zeros(1, np.int64),
-    )
+@numba.njit(cache=True)
+def new_search(weights: np.ndarray, phi: int) -> Search:
+    """The search before any clique is removed, for the graph with an edge where weights [n, n] >= phi."""
+    n = len(weights)
+    order, bounds = degeneracy_order(weights, phi)
+    rows = np.zeros((n, (n + 63) // 64), np.uint64)
+    for v in range(n):
+        similar, row = weights[order[v]], rows[v]
+        for u in range(n):
+            if u != v and similar[order[u]] >= phi:
+                add(row, u)
+    alive = np.zeros(rows.shape[1], np.uint64)
+    for v in range(n):
+        add(alive, v)
+    known = np.zeros((n + 1, rows.shape[1]), np.uint64)
+    sizes, totals, steps = np.zeros(n + 1, np.int64), np.zeros(n + 1, np.int64), np.zeros(1, np.int64)
+    return Search(rows, alive, weights, order, bounds, known, sizes, totals, steps)
+
+
+@numba.njit(cache=True)
+def degeneracy_order(weights: np.ndarray, phi: int) -> tuple:
+    """Images in reverse order of removal of the one of lowest degree, and one more than its degree then.
+
+    Of several of the lowest degree the one whose similarities have the lowest sum is removed, then the lowest index.
+    """
+    n = len(weights)
+    degrees, sums = np.zeros(n, np.int64), np.zeros(n, np.int64)
+    for i in range(n):
+        for j in range(n):
+            if i != j:
+                degrees[i] += weights[i, j] >= phi
+                sums[i] += weights[i, j]
+    left, order, bounds = np.ones(n, np.bool_), np.zeros(n, np.int64), np.zeros(n, np.int64)
+    for position in range(n - 1, -1, -1):
+        next_one = -1
+        for i in range(n):
+            if left[i] and (
+                next_one < 0
+                or degrees[i] < degrees[next_one]
+                or (degrees[i] == degrees[next_one] and sums[i] < sums[next_one])
+            ):
+                next_one = i
+        left[next_one] = False
+        order[position], bounds[position] = next_one, degrees[next_one] + 1
+        for j in range(n):
+            degrees[j] -= weights[next_one, j] >= phi
+    return order, bounds
 
 
 @numba.njit(cache=True)
@@ -95,48 +129,47 @@ def find_largest(search: Search, budget: int, tie_budget: int) -> bool:
             level = max(level, search.bounds[v])
             if search.sizes[v] > 0:
                 keep_preferred(search, search.known[v], search.sizes[v], search.totals[v], n)
-    while level >= sought(search, search.sizes[n], tie_budget):
+    while level >= least(search.sizes[n], search.steps[0] > tie_budget):
         for v in range(n):
-            if search.bounds[v] != level or search.sizes[v] > 0 or not contains(search.alive, v):
-                continue
-            if level < sought(search, search.sizes[n], tie_budget):
-                break
-            finished = search_from(search, v, budget, tie_budget)
-            if search.sizes[v] > 0:
-                keep_preferred(search, search.known[v], search.sizes[v], search.totals[v], n)
-            if not finished:
-                search.sizes[v] = 0  # its bound stands: another clique may be larger
-                return False
+            if search.bounds[v] == level and search.sizes[v] == 0 and contains(search.alive, v):
+                if level < least(search.sizes[n], search.steps[0] > tie_budget):
+                    break
+                if not search_from(search, v, budget, tie_budget):
+                    return False
         level -= 1
     return True
 
 
 @numba.njit(cache=True)
-def sought(search: Search, size: int, tie_budget: int) -> int:
-    """The least size of interest when a clique of `size` is known: the same while ties are compared."""
-    return max(1, size + (1 if search.steps[0] > tie_budget else 0))
+def least(size: int, larger: bool) -> int:
+    """The least size of interest when a clique of `size` is known: a larger one, or an equally large one too."""
+    return max(size + larger, 1)
 
 
 @numba.njit(cache=True)
 def search_from(search: Search, first: int, budget: int, tie_budget: int) -> bool:
-    """Put the best clique with highest vertex `first`, if it is of interest, into its row of `known`; tighten its bound.
+    """Search the cliques with highest vertex `first` for one preferred to the best; tighten the bound of `first`.
 
     Returns whether that was finished within the budget.
     """
-    candidates = search.rows[first] & search.alive
-    keep_below(candidates, first)
-    missing = sought(search, search.sizes[-1], tie_budget) - 1
-    coloured, colours = colour(candidates, search.rows, missing - 1, np.empty_like(candidates))
+    n = len(search.rows)
+    sets, branches = np.zeros((1, search.rows.shape[1]), np.uint64), np.zeros((2, search.rows.shape[1]), np.uint64)
+    sets[0] = search.rows[first] & search.alive
+    keep_below(sets[0], first)
+    missing = least(search.sizes[n], search.steps[0] > tie_budget) - 1
+    coloured, colours = colour(sets, 0, search.rows, missing - 1, branches)
     search.steps[0] += coloured
-    if missing > 0 and colours < missing and coloured == size_of(candidates):
+    if colours < missing and last_of(branches[0]) < 0:
         search.bounds[first] = min(search.bounds[first], colours + 1)
         return True
-    size, finished = search_among(search, first, vertices_of(candidates), budget, tie_budget)
-    if finished and search.sizes[first] == size:
-        search.bounds[first] = size
-    elif finished:
-        search.sizes[first] = 0
-        search.bounds[first] = min(search.bounds[first], sought(search, size, tie_budget) - 1)
+    size, finished = search_among(search, first, vertices_of(sets[0]), budget, tie_budget)
+    found, exact = search.sizes[first], search.steps[0] <= tie_budget
+    if found > 0:
+        keep_preferred(search, search.known[first], found, search.totals[first], n)
+    if found < size or not finished or not exact:
+        search.sizes[first] = 0  # there may be a larger or heavier one
+    if finished:
+        search.bounds[first] = size if found == size else min(search.bounds[first], least(size, not exact) - 1)
     return finished
 
 
@@ -148,60 +181,69 @@ def search_among(search: Search, first: int, members, budget: int, tie_budget: i
     that are worth branching on. Returns the size above which nothing is left, and whether the search was finished.
     """
     rows = rows_among(search.rows, members)
-    best, patience = search.sizes[-1], search.steps[0] + PATIENCE
-    size, depth, depths = max(best - SLACK, 0), 0, search.bounds[first] + 1
-    sets, branches = np.zeros((depths, rows.shape[1]), np.uint64), np.zeros((depths, rows.shape[1]), np.uint64)
+    words, depths = rows.shape[1], min(search.bounds[first], len(members) + 1) + 1
+    sets, branches = np.zeros((depths, words), np.uint64), np.zeros((depths + 1, words), np.uint64)
     wanted, chosen = np.full(depths, -1, np.int64), np.full(depths, first, np.int64)
     for i in range(len(members)):
         add(sets[0], i)
-    while depth >= 0:
-        if search.steps[0] > patience:
+    best, steps = search.sizes[-1], search.steps[0]
+    patience = steps + len(members) ** 2 // 8  # about the cost of `rows`
+    size, depth = max(best - SLACK, 0), 0
+    while depth >= 0 and steps < budget:
+        if steps > patience:
             size = max(size, best)
-        missing = max(sought(search, size, tie_budget) - depth - 1, 0)
-        if missing == 0 and last_of(sets[depth]) < 0:
-            offer(search, chosen[: depth + 1], first)
-            size = max(size, depth + 1)
-            depth -= 1
-            continue
+        missing = max(least(size, steps > tie_budget) - depth - 1, 0)
         if wanted[depth] != missing:
             wanted[depth] = missing
-            search.steps[0] += colour(sets[depth], rows, missing - 1, branches[depth])[0]
-        i = last_of(branches[depth])
+            steps += colour(sets, depth, rows, missing - 1, branches)[0]
+        i = last_in(branches, depth)
         if i < 0:
+            if missing == 0 and last_in(sets, depth) < 0:
+                offer(search, chosen[: depth + 1], first)
+                size = max(size, depth + 1)
             depth -= 1
             continue
-        if search.steps[0] >= budget:
-            return size, False
-        search.steps[0] += 1
-        remove(branches[depth], i)
-        remove(sets[depth], i)
+        steps += 1
+        branches[depth, i >> 6] ^= ONE << np.uint64(i & 63)
+        sets[depth, i >> 6] ^= ONE << np.uint64(i & 63)
+        for word in range(words):
+            sets[depth + 1, word] = sets[depth, word] & rows[i, word]
         depth += 1
         chosen[depth], wanted[depth] = members[i], -1
-        sets[depth] = sets[depth - 1] & rows[i]
-    return size, True
+    search.steps[0] = steps
+    return size, depth < 0
 
 
 @numba.njit(cache=True)
-def colour(candidates, rows, limit: int, rest) -> tuple:
-    """Colour candidates greedily with at most `limit` colours, no two of one colour being joined; `rest` are the others.
+def colour(sets, at: int, rows, limit: int, branches) -> tuple:
+    """Colour the vertices of sets[at] greedily, no two of one colour being joined, until there are `limit` colours.
 
-    A clique takes one vertex of each colour at most, so one of more than `limit` vertices has a vertex of the rest.
-    Returns how many vertices and how many colours.
+    A clique has one vertex of each colour at most, so one of more than `limit` vertices has a vertex that is left without
+    colour: those go into branches[at]. The last row of `branches` is scratch space. Returns how many vertices were
+    coloured, and with how many colours.
     """
-    rest[:] = candidates
-    same = np.empty_like(rest)
-    coloured = 0
+    words, coloured, size = sets.shape[1], 0, 0
+    for word in range(words):
+        size += popcount(sets[at, word])
+        branches[at, word] = sets[at, word]
+    if size <= limit:
+        branches[at] = EMPTY
+        return size, size
     for colours in range(limit):
-        same[:] = rest
         before = coloured
-        for word in range(len(same)):
-            while same[word] != EMPTY:
+        for word in range(words):
+            branches[-1, word] = branches[at, word]
+        for word in range(words):
+            free, taken = branches[-1, word], EMPTY
+            while free != EMPTY:
                 coloured += 1
-                v = 64 * word + lowest(same[word])
-                remove(rest, v)
-                remove(same, v)
-                for later in range(word, len(same)):
-                    same[later] &= ~rows[v, later]
+                bit = lowest(free)
+                v = 64 * word + bit
+                taken |= ONE << np.uint64(bit)
+                free &= ~(rows[v, word] | ONE << np.uint64(bit))
+                for later in range(word + 1, words):
+                    branches[-1, later] &= ~rows[v, later]
+            branches[at, word] ^= taken
         if coloured == before:
             return coloured, colours
     return coloured, max(limit, 0)
@@ -276,8 +318,8 @@ def count_maximal_cliques(rows, limit: int) -> int:
         if v < 0:
             depth -= 1
             continue
-        candidates[depth + 1] = candidates[depth] & rows[v]
-        done[depth + 1] = done[depth] & rows[v]
+        intersect(candidates[depth], rows[v], candidates[depth + 1])
+        intersect(done[depth], rows[v], done[depth + 1])
         remove(branches[depth], v)
         remove(candidates[depth], v)
         add(done[depth], v)
@@ -302,13 +344,22 @@ def apart_from_pivot(candidates, done, rows, branches) -> None:
     branches[:] = candidates & ~rows[pivot]
 
 
-@numba.njit(cache=True)
-def popcount(word) -> int:
+@intrinsic
+def popcount(typing_context, word):
     """The number of bits set in a 64-bit word."""
-    word -= (word >> np.uint64(1)) & np.uint64(0x5555555555555555)
-    word = (word & np.uint64(0x3333333333333333)) + ((word >> np.uint64(2)) & np.uint64(0x3333333333333333))
-    word = (word + (word >> np.uint64(4))) & np.uint64(0x0F0F0F0F0F0F0F0F)
-    return np.int64((word * np.uint64(0x0101010101010101)) >> np.uint64(56))
+    return types.int64(types.uint64), lambda context, builder, signature, arguments: builder.ctpop(arguments[0])
+
+
+@intrinsic
+def lowest(typing_context, word):
+    """The number of the lowest bit set in a 64-bit word, 64 if there is none."""
+    return types.int64(types.uint64), lambda context, builder, signature, arguments: builder.cttz(arguments[0], FALSE)
+
+
+@intrinsic
+def unused_above(typing_context, word):
+    """How many bits of a 64-bit word lie above the highest bit set, 64 if there is none."""
+    return types.int64(types.uint64), lambda context, builder, signature, arguments: builder.ctlz(arguments[0], FALSE)
 
 
 @numba.njit(cache=True)
@@ -320,20 +371,17 @@ def size_of(row) -> int:
 
 
 @numba.njit(cache=True)
-def lowest(word) -> int:
-    """The number of the lowest bit set in a word that is not zero."""
-    return popcount((word & (~word + ONE)) - ONE)
+def last_of(row) -> int:
+    """The highest vertex of a set, -1 if it is empty."""
+    return last_in(row.reshape(1, -1), 0)
 
 
 @numba.njit(cache=True)
-def last_of(row) -> int:
-    """The highest vertex of a set, -1 if it is empty."""
-    for index in range(len(row) - 1, -1, -1):
-        word = row[index]
-        if word != EMPTY:
-            for shift in (1, 2, 4, 8, 16, 32):
-                word |= word >> np.uint64(shift)
-            return 64 * index + popcount(word) - 1
+def last_in(sets, at: int) -> int:
+    """The highest vertex of sets[at], -1 if it is empty."""
+    for index in range(sets.shape[1] - 1, -1, -1):
+        if sets[at, index] != EMPTY:
+            return 64 * index + 63 - unused_above(sets[at, index])
     return -1
 
 
@@ -349,6 +397,12 @@ def meet(one, other) -> bool:
     for i in range(len(one)):
         common |= one[i] & other[i]
     return common != EMPTY
+
+
+@numba.njit(cache=True)
+def intersect(one, other, target) -> None:
+    for i in range(len(target)):
+        target[i] = one[i] & other[i]
 
 
 @numba.njit(cache=True)

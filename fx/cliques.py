@@ -103,7 +103,9 @@ def largest_cliques(
 
 def count_maximal_cliques(similarity: np.ndarray, threshold: float, limit: int = ENUMERATED) -> int:
     """The number of maximal cliques of the graph of `largest_cliques`, or limit + 1 if there are more than `limit`."""
-    return _count(_millionths(similarity), round(threshold * MILLION), limit)
+    if len(weights := _millionths(similarity)) == 0:
+        return 0
+    return _count(weights, round(threshold * MILLION), limit)
 
 
 def _millionths(similarity: np.ndarray) -> np.ndarray:
@@ -114,26 +116,29 @@ def _millionths(similarity: np.ndarray) -> np.ndarray:
     similarity = np.asarray(similarity)
     if similarity.ndim != 2 or similarity.shape[0] != similarity.shape[1]:
         raise ValueError(f"The similarity matrix must be square, not {similarity.shape}.")
-    weights = np.zeros(similarity.shape, dtype=np.int32)
+    weights = np.empty(similarity.shape, dtype=np.int32)
     for start in range(0, len(similarity), 256):
-        rows = similarity[start : start + 256].astype(np.float64)
-        columns = similarity[:, start : start + 256].T.astype(np.float64)
-        if not np.isfinite(rows).all():
-            i, j = np.argwhere(~np.isfinite(rows))[0]
-            raise ValueError(f"The similarity of images {start + i} and {j} is {rows[i, j]}: check their descriptors.")
-        with np.errstate(invalid="ignore"):
-            gap = np.abs(rows - columns)
-        if not gap.max(initial=0) <= 2e-6:
-            i, j = np.unravel_index(gap.argmax(), gap.shape)
-            i += start
+        rows = similarity[start : start + 256] * np.float64(MILLION)
+        if not np.abs(rows).max() <= 1.001 * MILLION:
+            _refuse_values(similarity)
+        weights[start : start + 256] = np.rint(rows, out=rows)
+    for start in range(0, len(weights), 256):
+        rows, columns = weights[start : start + 256, start:], weights[start:, start : start + 256].T
+        if np.abs(rows - columns).max() > 2:
+            i, j = start + np.argwhere(np.abs(rows - columns) > 2)[0]
             raise ValueError(f"The similarity matrix is not symmetric: entries ({i}, {j}) and ({j}, {i}) differ.")
-        if np.abs(rows).max(initial=0) > 1.001:
-            i, j = np.unravel_index(np.abs(rows).argmax(), rows.shape)
-            raise ValueError(f"The similarity of images {start + i} and {j} is {rows[i, j]}, beyond -1..1.")
-        above = np.arange(len(similarity)) > np.arange(start, start + len(rows))[:, None]
-        weights[start : start + 256] = np.rint(np.where(above, rows, columns) * MILLION)  # one of the two entries
-    np.fill_diagonal(weights, 0)
+        rows[...] = np.triu(rows, 1)
+        columns[:, 256:] = rows[:, 256:]
+        rows[:, :256] += rows[:, :256].T
     return weights
+
+
+def _refuse_values(similarity: np.ndarray) -> None:
+    """Raise for the first entry that no cosine can have."""
+    i, j = np.argwhere(~(np.abs(similarity) <= 1.001))[0]
+    value = similarity[i, j]
+    why = "beyond -1..1" if np.isfinite(value) else "not a number: check their descriptors"
+    raise ValueError(f"The similarity of images {i} and {j} is {value}, {why}.")
 
 
 def _quantile(weights: np.ndarray, share: float) -> float:
@@ -153,45 +158,13 @@ def _start(weights: np.ndarray, rule: str) -> int:
     return round(_quantile(weights, 0.75))
 
 
-def _graph(weights: np.ndarray, phi: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The threshold graph as fx.clique_search takes it: neighbours as bit rows, the image and the bound of each vertex."""
-    n = len(weights)
-    order, bounds = _degeneracy_order(weights, phi)
-    padded = np.zeros((n, -(-n // 64) * 8), np.uint8)
-    for v, image in enumerate(order):
-        joined = weights[image] >= phi
-        joined[image] = False
-        row = np.packbits(joined[order], bitorder="little")
-        padded[v, : len(row)] = row
-    return padded.view(np.uint64), order, bounds
-
-
-def _degeneracy_order(weights: np.ndarray, phi: int) -> tuple[np.ndarray, np.ndarray]:
-    """Images in reverse order of removal of the one of lowest degree, and one more than its degree then.
-
-    Of several of the lowest degree the one whose similarities have the lowest sum is removed, then the lowest index.
-    """
-    n = len(weights)
-    sums = weights.sum(axis=1, dtype=np.int64)
-    degrees = np.array([(row >= phi).sum() for row in weights]) - (phi <= 0)  # without the diagonal, which is 0
-    key = degrees + np.argsort(np.argsort(sums, kind="stable")) / max(n, 1)
-    order, bounds = np.zeros(n, np.int64), np.zeros(n, np.int64)
-    for position in range(n - 1, -1, -1):
-        image = int(key.argmin())
-        order[position], bounds[position] = image, int(key[image]) + 1
-        key -= weights[image] >= phi
-        key[image] = np.inf
-    return order, bounds
-
-
 def _partition(
     weights: np.ndarray, phi: int, at_most: int | None, budget: int
 ) -> tuple[list[tuple[int, ...]], list[bool]]:
     from fx import clique_search
 
-    rows, order, bounds = _graph(weights, phi)
-    search = clique_search.new_search(rows, weights, order, bounds)
-    labels, proven = clique_search.partition(search, len(rows) if at_most is None else at_most, budget, TIE_BUDGET)
+    search = clique_search.new_search(weights, phi)
+    labels, proven = clique_search.partition(search, len(weights) if at_most is None else at_most, budget, TIE_BUDGET)
     cliques = [tuple(np.flatnonzero(labels == number).tolist()) for number in range(len(proven))]
     if not proven.all():
         warnings.warn(
@@ -212,7 +185,7 @@ def _published(weights: np.ndarray, phi: int, count: int, budget: int) -> tuple[
 def _count(weights: np.ndarray, phi: int, limit: int) -> int:
     from fx import clique_search
 
-    return clique_search.count_maximal_cliques(_graph(weights, phi)[0], limit) if len(weights) else 0
+    return clique_search.count_maximal_cliques(clique_search.new_search(weights, phi).rows, limit)
 
 
 def _tightest(weights: np.ndarray, phi: int, count: int, budget: int) -> tuple[list[tuple[int, ...]], list[bool]]:
