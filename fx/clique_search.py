@@ -189,7 +189,7 @@ def search_among(search: Search, first: int, members, budget: int, tie_budget: i
     best, steps = search.sizes[-1], search.steps[0]
     patience = steps + len(members) ** 2 // 8  # about the cost of `rows`
     size, depth = max(best - SLACK, 0), 0
-    while depth >= 0 and steps < budget:
+    while depth >= 0 and (steps < budget or size == 0):  # the first clique is always found
         if steps > patience:
             size = max(size, best)
         missing = max(least(size, steps > tie_budget) - depth - 1, 0)
@@ -335,13 +335,19 @@ def count_maximal_cliques(rows, limit: int) -> int:
 @numba.njit(cache=True)
 def apart_from_pivot(candidates, done, rows, branches) -> None:
     """Into `branches`: the candidates not joined to the vertex of either set that is joined to most candidates."""
-    most, pivot = -1, 0
-    for u in range(len(rows)):
-        if contains(candidates, u) or contains(done, u):
-            joined = size_of(candidates & rows[u])
+    words, most, pivot = len(candidates), -1, 0
+    for index in range(words):
+        left = candidates[index] | done[index]
+        while left != EMPTY:
+            u = 64 * index + lowest(left)
+            left &= left - ONE
+            joined = 0
+            for word in range(words):
+                joined += popcount(candidates[word] & rows[u, word])
             if joined > most:
                 most, pivot = joined, u
-    branches[:] = candidates & ~rows[pivot]
+    for word in range(words):
+        branches[word] = candidates[word] & ~rows[pivot, word]
 
 
 @intrinsic

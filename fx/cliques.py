@@ -12,6 +12,7 @@ import warnings
 from dataclasses import dataclass
 
 import numpy as np
+from scipy.stats import norm
 
 MILLION = 1_000_000
 STEP = 10_000  # the sweep over phi rises by 0.01
@@ -106,6 +107,33 @@ def count_maximal_cliques(similarity: np.ndarray, threshold: float, limit: int =
     if len(weights := _millionths(similarity)) == 0:
         return 0
     return _count(weights, round(threshold * MILLION), limit)
+
+
+def estimate_n_training(
+    similarity: np.ndarray, threshold: float, smallest: int = 3, draws: int = 200, level: float = 0.95, seed: int = 0
+) -> tuple[int, float, float]:
+    """How many images a model was fine-tuned on, if nobody says: an estimate of N0 and its interval.
+
+    An image that is generated again and again was learned, so the estimate is the number of cliques of at least `smallest`
+    images at `threshold`, the similarity from which on two images are copies of each other (`copy_thresholds`). It cannot
+    count training images that are never generated, and counts one twice whose copies fall apart into two groups. The
+    interval says how much the number depends on the images that happened to be generated, nothing else: it is the
+    estimate plus and minus normal quantiles of the delete-half jackknife (Shao and Wu, 1989), from `draws` random halves.
+    """
+    weights, phi = _millionths(similarity), round(threshold * MILLION)
+
+    def count(images: np.ndarray) -> int:
+        return sum(
+            len(clique) >= smallest for clique in _partition(weights[np.ix_(images, images)], phi, None, BUDGET)[0]
+        )
+
+    if len(weights) < 2 * smallest:
+        raise ValueError(f"An estimate takes at least {2 * smallest} generated images; there are {len(weights)}.")
+    rng, n = np.random.default_rng(seed), len(weights)
+    halves = [count(np.sort(rng.choice(n, n // 2, replace=False))) for _ in range(draws)]
+    estimate = count(np.arange(n))
+    reach = float(norm.isf((1 - level) / 2) * np.std(halves, ddof=1))
+    return estimate, max(estimate - reach, 0.0), estimate + reach
 
 
 def _millionths(similarity: np.ndarray) -> np.ndarray:

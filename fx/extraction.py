@@ -7,12 +7,19 @@ from pathlib import Path
 import numpy as np
 
 from fx import metrics, results
-from fx.cliques import extract
+from fx.cliques import RULES, extract
 from fx.datasets import from_uint8, load_images, load_item
 from fx.finetune import FineTune
 from fx.models import ModelPair, load_pair, load_pipeline
 from fx.sampling import Generate, sample
-from fx.similarity import copy_thresholds, descriptor_path, descriptors, load_descriptor, similarity_matrix
+from fx.similarity import (
+    PRESETS,
+    copy_thresholds,
+    descriptor_path,
+    descriptors,
+    load_descriptor,
+    similarity_matrix,
+)
 
 
 @dataclass(frozen=True)
@@ -29,6 +36,11 @@ class Extract:
     descriptor: str = "mini-sscd"
     preset: str = "sscd"
     rule: str = "paper"
+
+    def __post_init__(self):
+        for name, known in (("preset", PRESETS), ("rule", RULES)):
+            if getattr(self, name) not in known:
+                raise ValueError(f"unknown {name} {getattr(self, name)!r}: choose one of {', '.join(known)}")
 
 
 @results.inputs.register
@@ -81,6 +93,7 @@ def three_arms(
     cfg_scale: float,
     finextract_scale: float,
     correction_scale: float,
+    steps: int = 25,
     seed: int = 0,
     **options,
 ) -> list[Extract]:
@@ -88,7 +101,7 @@ def three_arms(
     loose, strict = copy_thresholds("mini-sscd")
     arms = (("direct", 1.0, 0.0), ("cfg", cfg_scale, 0.0), ("finextract", finextract_scale, correction_scale))
     return [
-        Extract(Generate(finetune, arm, w, k, images_per_training, seed=seed), strict=strict, loose=loose, **options)
+        Extract(Generate(finetune, arm, w, k, images_per_training, steps, seed), strict=strict, loose=loose, **options)
         for arm, w, k in arms
     ]
 

@@ -122,7 +122,8 @@ def descriptor_path(name: str | Path) -> tuple[Path, str | None]:
     """Where a descriptor lies, and the SHA-256 that its name promises (TorchScript files only).
 
     name: "mini-sscd" (shipped), a folder written by `MiniSSCD.save_pretrained`, or a TorchScript file of SSCD as
-    "FILE@sha256:DIGEST" with the 64 hex digits. FileNotFoundError if there is nothing, ValueError for a file without digest.
+    "FILE@sha256:DIGEST" with the 64 hex digits. FileNotFoundError if there is nothing, ValueError for a file without digest
+    or with another one.
     """
     for folder in (MODELS / name, Path(name).expanduser()):
         if (folder / "config.json").is_file():
@@ -139,6 +140,8 @@ def descriptor_path(name: str | Path) -> tuple[Path, str | None]:
             f"{path} is a program, not only numbers: name it with the SHA-256 you expect, as {path}@sha256:DIGEST. "
             f"The file has {sha256_of(path)}; compare that with a source you trust."
         )
+    if (found := sha256_of(path)) != digest.lower():
+        raise ValueError(f"{path} has the SHA-256 {found}, not {digest}: it is damaged or another file. Load it again.")
     return path, digest.lower()
 
 
@@ -153,8 +156,6 @@ def load_descriptor(name: str | Path, preset: str = "sscd") -> nn.Module:
     path, digest = descriptor_path(name)
     if digest is None:
         return MiniSSCD.from_pretrained(path)
-    if (found := sha256_of(path)) != digest:
-        raise ValueError(f"{path} has the SHA-256 {found}, not {digest}: it is damaged or another file. Load it again.")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # torch deprecates the format of SSCD's published files

@@ -24,15 +24,21 @@ def summarise(rows: pd.DataFrame, by: list[str], scores: list[str], seed: int = 
 
 
 def paired_difference(
-    rows: pd.DataFrame, arm: str, baseline: str, by: list[str], score: str = "AS", seed: int = 0
+    rows: pd.DataFrame,
+    arm: str,
+    baseline: str,
+    by: list[str],
+    score: str = "AS",
+    seed: int = 0,
+    between: str = "arm",
 ) -> pd.DataFrame:
     """Mean over items of score(arm) - score(baseline) with its 95% bootstrap interval, per group.
 
-    Both arms must hold the same items: ValueError otherwise.
+    between: the column that tells the two apart, if it is not the arm. Both must hold the same items: ValueError otherwise.
     """
     lines = []
     for key, group in rows.groupby(by, sort=False):
-        wide = group.pivot(index="item", columns="arm", values=score).reindex(columns=[arm, baseline])
+        wide = group.pivot(index="item", columns=between, values=score).reindex(columns=[arm, baseline])
         if wide.isna().any(axis=None):
             missing = sorted(wide.index[wide.isna().any(axis=1)])
             raise ValueError(f"{arm} and {baseline} were not run on the same items in {key}: {missing}")

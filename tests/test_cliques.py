@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fx import cliques
-from fx.cliques import RULES, count_maximal_cliques, extract, largest_cliques
+from fx.cliques import RULES, count_maximal_cliques, estimate_n_training, extract, largest_cliques
 
 
 def partition(similarity, threshold, **options):
@@ -179,6 +179,7 @@ def test_search_cut_short_does_not_depend_on_the_order_of_images(budget):
     with warnings.catch_warnings(action="ignore"):
         found, proven = largest_cliques(similarity, 0.4, budget=budget)
         permuted, same_proven = largest_cliques(similarity[np.ix_(order, order)], 0.4, budget=budget)
+    assert sorted(itertools.chain(*found)) == list(range(50))
     assert renamed(permuted, order) == by_size(found)
     assert same_proven == proven
 
@@ -351,6 +352,30 @@ def test_a_given_phi_is_kept():
     assert (few.n_extracted, few.threshold) == (3, 0.5)
     with pytest.raises(ValueError, match="between -1 and 1; it is 60"):
         extract(similarity, 2, threshold=60)
+
+
+def test_number_of_training_images_is_found_where_copies_are_clear():
+    similarity = blocks(*[(40, 0.9)] * 7, *[(2, 0.9)] * 3, *[(1, 0)] * 40)
+    assert estimate_n_training(similarity, 0.8) == (7, 7, 7)
+    assert estimate_n_training(similarity, 0.8, smallest=2)[0] == 10
+    assert estimate_n_training(similarity, 0.95) == (0, 0, 0)
+
+
+def test_interval_of_the_number_of_training_images_follows_the_groups_at_the_limit():
+    """A group of m images counts in a half of them if three or more of it are drawn: a hypergeometric count."""
+    sizes = [3] * 10 + [5] * 6 + [30] * 2
+    n = sum(sizes)
+    rng = np.random.default_rng(0)
+    labels = np.repeat(np.arange(len(sizes)), sizes)
+    counts = [(np.bincount(labels[rng.permutation(n)[: n // 2]]) >= 3).sum() for _ in range(20_000)]
+    estimate, low, high = estimate_n_training(blocks(*[(size, 0.9) for size in sizes]), 0.8, draws=2000)
+    assert estimate == 18
+    assert (high - 18) / 1.96 == pytest.approx(np.std(counts), rel=0.08)
+    assert 18 - low == pytest.approx(high - 18)
+    narrow = estimate_n_training(blocks(*[(size, 0.9) for size in sizes]), 0.8, draws=2000, level=0.5)
+    assert (narrow[2] - 18) / (high - 18) == pytest.approx(0.6745 / 1.96, rel=1e-3)
+    with pytest.raises(ValueError, match="at least 6 generated images; there are 4"):
+        estimate_n_training(np.eye(4), 0.8)
 
 
 def test_numba_is_not_imported_before_a_graph_is_searched():

@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from scipy.optimize import linear_sum_assignment
 
 from fx import results
 from fx.datasets import from_uint8, load_images, load_item
@@ -89,7 +90,11 @@ def test_scores_equal_a_computation_by_hand(place_images):
     assert scores["A-ESR_strict"] == pytest.approx((best > spec.strict).float().mean().item())
     assert scores["A-ESR_loose"] == pytest.approx((best > spec.loose).float().mean().item())
     assert scores["AS_all"] == pytest.approx((wanted @ found.T).clamp(0, 1).max(dim=1).values.mean().item(), abs=1e-5)
-    assert scores["AS_all"] >= scores["AS"]
+    assert scores["AS_all"] >= scores["AS"] >= scores["AS_one_to_one"]
+    rows, columns = linear_sum_assignment(-(wanted @ found[matches["centres"]].T).numpy())
+    matched = (wanted[rows] * found[matches["centres"]][columns]).sum(dim=1).clamp(0, 1)
+    assert scores["AS_one_to_one"] == pytest.approx(matched.mean().item(), abs=1e-5)
+    assert scores["n_unproven"] == 0
     assert len(matches["centres"]) == scores["n_extracted"]
 
 
@@ -101,6 +106,27 @@ def test_another_descriptor_is_another_step(runs, tmp_path):
     before = results.digest(theirs := Extract(generate, 0.5, 0.4, descriptor=str(tmp_path / "mine")))
     MiniSSCD(dimension=32).save_pretrained(tmp_path / "mine")
     assert results.digest(theirs) != before
+
+
+def test_wrong_rules_presets_and_descriptors_stop_everything_before_training(runs, tmp_path):
+    with pytest.raises(ValueError, match="unknown rule 'best': choose one of paper, published, tightest, peaks"):
+        specs(rule="best")
+    with pytest.raises(ValueError, match="unknown preset '288': choose one of sscd, published"):
+        specs(preset="288")
+    (tmp_path / "sscd.pt").write_bytes(b"changed")
+    for name, message in (
+        (f"{tmp_path}/sscd.pt", "name it with the SHA-256"),
+        (f"{tmp_path}/sscd.pt@sha256:{64 * '0'}", "not 0000"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            results.run(specs(descriptor=name))
+    with pytest.raises(FileNotFoundError, match="unknown descriptor 'nonsense'"):
+        results.run(specs(descriptor="nonsense"))
+    assert not list(tmp_path.rglob("losses.npy"))
+
+
+def test_steps_of_three_arms_are_sampling_steps():
+    assert {s.generate.steps for s in specs(steps=7)} == {7}
 
 
 def test_the_whole_chain_twice_gives_identical_rows(runs, tmp_path, monkeypatch):

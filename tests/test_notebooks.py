@@ -57,6 +57,15 @@ def test_notebook_ends_by_asserting_its_artefacts_and_tells_its_story(path):
     assert path.stat().st_size < 3 * 2**20
 
 
+def test_notebook_12_takes_the_runs_of_notebook_03():
+    defaults = [papermill.inspect_notebook(NOTEBOOKS / name) for name in ("03-extraction.ipynb", "12-clustering.ipynb")]
+    shared = set(defaults[0]) & set(defaults[1])
+    assert len(shared) >= 15
+    assert {name: defaults[0][name]["default"] for name in shared} == {
+        name: defaults[1][name]["default"] for name in shared
+    }
+
+
 @pytest.mark.parametrize("path", ALL, ids=lambda path: path.stem)
 def test_every_notebook_has_smoke_parameters(path):
     assert path in SMOKE

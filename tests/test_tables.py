@@ -102,6 +102,13 @@ def test_paired_difference_turns_round_with_its_arms_and_takes_the_asked_score()
     assert other["excludes 0"].tolist() == one["excludes 0"].tolist()
 
 
+def test_paired_difference_between_other_things_than_arms():
+    rows = scored()
+    renamed = rows.rename(columns={"arm": "rule"})
+    expected = tables.paired_difference(rows, "cfg", "direct", ["block"])
+    assert tables.paired_difference(renamed, "cfg", "direct", ["block"], between="rule").equals(expected)
+
+
 @given(st.lists(st.floats(0, 1), min_size=2, max_size=6), st.floats(-0.5, 0.5))
 @settings(max_examples=15, deadline=None)
 def test_paired_difference_of_a_constant_gain_is_that_gain(levels, gain):
