@@ -21,8 +21,8 @@ from fx.similarity import copy_thresholds
 
 # The defaults of notebook 03, per fine-tuning method.
 CHOSEN = {
-    "dreambooth": {"learning_rate": 2.0e-5, "cfg_scale": 3.0, "finextract_scale": 3.0, "correction_scale": 0.0},
-    "lora": {"learning_rate": 1.0e-3, "cfg_scale": 3.0, "finextract_scale": 3.0, "correction_scale": 0.0},
+    "dreambooth": {"learning_rate": 1.0e-5, "cfg_scale": 3.0, "finextract_scale": 5.0, "correction_scale": 0.0},
+    "lora": {"learning_rate": 2.5e-4, "cfg_scale": 3.0, "finextract_scale": 3.0, "correction_scale": 0.0},
 }
 
 

@@ -84,3 +84,18 @@ def test_notebook_runs_with_smoke_parameters(path, tmp_path):
         text=True,
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
+
+
+def test_outputs_of_notebook_02_are_exact(tmp_path):
+    """The whole of it, with its own parameters: what it printed is printed again, character for character."""
+    (path,) = (path for path in ALL if path.name.startswith("02"))
+    if not any(cell.execution_count for cell in code_cells(path)):
+        pytest.skip("notebook 02 is committed without outputs, so there is nothing to compare with")
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "--nbval", "-p", "no:cacheprovider", "-q", str(path)],
+        env=os.environ | {"FX_RUNS": str(tmp_path / "runs")},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
