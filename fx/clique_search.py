@@ -11,14 +11,12 @@ from typing import NamedTuple
 
 import numba
 import numpy as np
-from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
 SLACK = 4  # how much smaller cliques than needed are sought while that is cheap: it tightens bounds for later rounds
 ONE = np.uint64(1)
 EMPTY = np.uint64(0)
-FALSE = ir.Constant(ir.IntType(1), 0)
 
 
 class Search(NamedTuple):
@@ -359,13 +357,21 @@ def popcount(typing_context, word):
 @intrinsic
 def lowest(typing_context, word):
     """The number of the lowest bit set in a 64-bit word, 64 if there is none."""
-    return types.int64(types.uint64), lambda context, builder, signature, arguments: builder.cttz(arguments[0], FALSE)
+
+    def generate(context, builder, signature, arguments):
+        return builder.cttz(arguments[0], context.get_constant(types.boolean, False))
+
+    return types.int64(types.uint64), generate
 
 
 @intrinsic
 def unused_above(typing_context, word):
     """How many bits of a 64-bit word lie above the highest bit set, 64 if there is none."""
-    return types.int64(types.uint64), lambda context, builder, signature, arguments: builder.ctlz(arguments[0], FALSE)
+
+    def generate(context, builder, signature, arguments):
+        return builder.ctlz(arguments[0], context.get_constant(types.boolean, False))
+
+    return types.int64(types.uint64), generate
 
 
 @numba.njit(cache=True)
