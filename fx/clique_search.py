@@ -4,7 +4,7 @@ Greedy colouring bounds a search as in BBMC (San Segundo et al., 2011). Vertices
 the one removed last first. A set of vertices is a row of 64-bit words: vertex v is bit v % 64 of word v // 64.
 
 numba compiles a function when it is first called and keeps the result beside this file (or in NUMBA_CACHE_DIR). Its import
-alone takes a second, so fx.cliques imports this module when it is first needed.
+alone takes some tenths of a second, so fx.cliques imports this module when it is first needed.
 """
 
 from typing import NamedTuple

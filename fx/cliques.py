@@ -14,6 +14,8 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.stats import norm
 
+from fx.metrics import check_level
+
 MILLION = 1_000_000
 STEP = 10_000  # the sweep over phi rises by 0.01
 BUDGET = 100_000_000  # search steps per clique (some seconds) after which the largest clique found so far is taken
@@ -120,6 +122,7 @@ def estimate_n_training(
     interval says how much the number depends on the images that happened to be generated, nothing else: it is the
     estimate plus and minus normal quantiles of the delete-half jackknife (Shao and Wu, 1989), from `draws` random halves.
     """
+    check_level(level)
     weights, phi = _millionths(similarity), round(threshold * MILLION)
 
     def count(images: np.ndarray) -> int:

@@ -95,15 +95,14 @@ def three_arms(
     correction_scale: float,
     steps: int = 25,
     seed: int = 0,
+    descriptor: str = "mini-sscd",
     **options,
 ) -> list[Extract]:
     """The paper's comparison for one fine-tuned model: direct, CFG and FineXtract; `options` go to Extract."""
-    loose, strict = copy_thresholds("mini-sscd")
+    loose, strict = copy_thresholds(descriptor)
     arms = (("direct", 1.0, 0.0), ("cfg", cfg_scale, 0.0), ("finextract", finextract_scale, correction_scale))
-    return [
-        Extract(Generate(finetune, arm, w, k, images_per_training, steps, seed), strict=strict, loose=loose, **options)
-        for arm, w, k in arms
-    ]
+    options |= {"strict": strict, "loose": loose, "descriptor": descriptor}
+    return [Extract(Generate(finetune, arm, w, k, images_per_training, steps, seed), **options) for arm, w, k in arms]
 
 
 def method_pictures(spec: Extract, n: int = 4) -> dict[str, np.ndarray]:

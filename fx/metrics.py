@@ -55,7 +55,7 @@ def extraction_success_interval(
     It takes the item's training images for independent draws: of images like them, what share would be extracted? For
     several items use `bootstrap_interval`.
     """
-    _check_level(level)
+    check_level(level)
     matches = best_match(training, extracted)
     interval = binomtest(int((matches > threshold).sum()), len(matches)).proportion_ci(level, method)
     return float(interval.low), float(interval.high)
@@ -72,7 +72,7 @@ def bootstrap_interval(
     values = np.asarray(values, dtype=np.float64)
     if values.ndim != 1 or values.size == 0 or not np.isfinite(values).all():
         raise ValueError(f"Values must be a non-empty list of finite numbers, one per item; they are {values}.")
-    _check_level(level)
+    check_level(level)
     if values.size == 1:
         return float("nan"), float("nan")
     chosen = np.random.default_rng(seed).integers(values.size, size=(draws, values.size))
@@ -107,7 +107,8 @@ def copy_threshold(negatives: np.ndarray, false_positive_rate: float) -> float:
     return float(np.quantile(negatives, 1 - false_positive_rate, method="inverted_cdf"))
 
 
-def _check_level(level: float) -> None:
+def check_level(level: float) -> None:
+    """ValueError unless 0 < level < 1, the level of an interval."""
     if not 0 < level < 1:
         raise ValueError(f"The level of an interval lies between 0 and 1, such as 0.95; it is {level}.")
 

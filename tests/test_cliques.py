@@ -376,6 +376,8 @@ def test_interval_of_the_number_of_training_images_follows_the_groups_at_the_lim
     assert (narrow[2] - 18) / (high - 18) == pytest.approx(0.6745 / 1.96, rel=1e-3)
     with pytest.raises(ValueError, match="at least 6 generated images; there are 4"):
         estimate_n_training(np.eye(4), 0.8)
+    with pytest.raises(ValueError, match="it is 95"):
+        estimate_n_training(np.eye(8), 0.8, level=95)
 
 
 def test_numba_is_not_imported_before_a_graph_is_searched():

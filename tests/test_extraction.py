@@ -125,6 +125,12 @@ def test_wrong_rules_presets_and_descriptors_stop_everything_before_training(run
     assert not list(tmp_path.rglob("losses.npy"))
 
 
+def test_thresholds_are_those_of_the_descriptor(tmp_path):
+    MiniSSCD().save_pretrained(tmp_path / "mine", {"loose": 0.11, "strict": 0.22})
+    asked = specs(descriptor=str(tmp_path / "mine"))
+    assert {(s.descriptor, s.loose, s.strict) for s in asked} == {(str(tmp_path / "mine"), 0.11, 0.22)}
+
+
 def test_steps_of_three_arms_are_sampling_steps():
     assert {s.generate.steps for s in specs(steps=7)} == {7}
 

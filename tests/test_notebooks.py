@@ -16,6 +16,17 @@ ALL = sorted(NOTEBOOKS.glob("[0-9][0-9]-*.ipynb"))
 SMOKE = [path for path in ALL if (NOTEBOOKS / "params/smoke" / f"{path.stem}.yaml").exists()]
 
 
+def run_nbval(how: str, notebook: Path, runs: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", how, "-p", "no:cacheprovider", "-q", str(notebook)],
+        env=os.environ | {"FX_RUNS": str(runs)},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
+
+
 def code_cells(path: Path) -> list:
     return [cell for cell in nbformat.read(path, 4).cells if cell.cell_type == "code"]
 
@@ -76,14 +87,7 @@ def test_every_notebook_has_smoke_parameters(path):
 def test_notebook_runs_with_smoke_parameters(path, tmp_path):
     prepared = tmp_path / path.name
     papermill.execute_notebook(path, prepared, parameters(path, "smoke", {}), prepare_only=True)
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "--nbval-lax", "-p", "no:cacheprovider", "-q", str(prepared)],
-        env=os.environ | {"FX_RUNS": str(tmp_path / "runs")},
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
+    run_nbval("--nbval-lax", prepared, tmp_path / "runs")
 
 
 def test_outputs_of_notebook_02_are_exact(tmp_path):
@@ -91,11 +95,4 @@ def test_outputs_of_notebook_02_are_exact(tmp_path):
     (path,) = (path for path in ALL if path.name.startswith("02"))
     if not any(cell.execution_count for cell in code_cells(path)):
         pytest.skip("notebook 02 is committed without outputs, so there is nothing to compare with")
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "--nbval", "-p", "no:cacheprovider", "-q", str(path)],
-        env=os.environ | {"FX_RUNS": str(tmp_path / "runs")},
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
+    run_nbval("--nbval", path, tmp_path / "runs")
