@@ -14,7 +14,6 @@ import numpy as np
 from numba import types
 from numba.extending import intrinsic
 
-SLACK = 4  # how much smaller cliques than needed are sought while that is cheap: it tightens bounds for later rounds
 ONE = np.uint64(1)
 EMPTY = np.uint64(0)
 
@@ -49,10 +48,10 @@ def new_search(weights: np.ndarray, phi: int) -> Search:
     order, bounds = degeneracy_order(weights, phi)
     rows = np.zeros((n, (n + 63) // 64), np.uint64)
     for v in range(n):
-        similar, row = weights[order[v]], rows[v]
-        for u in range(n):
-            if u != v and similar[order[u]] >= phi:
-                add(row, u)
+        for u in range(v):
+            if weights[order[v], order[u]] >= phi:
+                rows[v, u >> 6] |= ONE << np.uint64(u & 63)
+                rows[u, v >> 6] |= ONE << np.uint64(v & 63)
     alive = np.zeros(rows.shape[1], np.uint64)
     for v in range(n):
         add(alive, v)
@@ -71,23 +70,23 @@ def degeneracy_order(weights: np.ndarray, phi: int) -> tuple:
     degrees, sums = np.zeros(n, np.int64), np.zeros(n, np.int64)
     for i in range(n):
         for j in range(n):
-            if i != j:
-                degrees[i] += weights[i, j] >= phi
-                sums[i] += weights[i, j]
-    left, order, bounds = np.ones(n, np.bool_), np.zeros(n, np.int64), np.zeros(n, np.int64)
+            degrees[i] += weights[i, j] >= phi
+            sums[i] += weights[i, j]
+        degrees[i] -= weights[i, i] >= phi
+        sums[i] -= weights[i, i]
+    left, order, bounds = np.arange(n), np.zeros(n, np.int64), np.zeros(n, np.int64)
     for position in range(n - 1, -1, -1):
-        next_one = -1
-        for i in range(n):
-            if left[i] and (
-                next_one < 0
-                or degrees[i] < degrees[next_one]
-                or (degrees[i] == degrees[next_one] and sums[i] < sums[next_one])
-            ):
-                next_one = i
-        left[next_one] = False
-        order[position], bounds[position] = next_one, degrees[next_one] + 1
-        for j in range(n):
-            degrees[j] -= weights[next_one, j] >= phi
+        at = 0
+        for place in range(1, position + 1):
+            i, lowest_one = left[place], left[at]
+            if degrees[i] < degrees[lowest_one] or (degrees[i] == degrees[lowest_one] and sums[i] < sums[lowest_one]):
+                at = place
+        removed = left[at]
+        order[position], bounds[position] = removed, degrees[removed] + 1
+        for place in range(at, position):
+            left[place] = left[place + 1]
+        for place in range(position):
+            degrees[left[place]] -= weights[removed, left[place]] >= phi
     return order, bounds
 
 
@@ -178,36 +177,44 @@ def search_among(search: Search, first: int, members, budget: int, tie_budget: i
     The members are renumbered, so that their rows are short. At each depth there is a set of candidates and those of them
     that are worth branching on. Returns the size above which nothing is left, and whether the search was finished.
     """
-    rows = rows_among(search.rows, members)
+    rows, order, weights, n = rows_among(search.rows, members), search.order, search.weights, len(search.rows)
     words, depths = rows.shape[1], min(search.bounds[first], len(members) + 1) + 1
     sets, branches = np.zeros((depths, words), np.uint64), np.zeros((depths + 1, words), np.uint64)
-    wanted, chosen = np.full(depths, -1, np.int64), np.full(depths, first, np.int64)
+    wanted, chosen, images = np.full(depths, -1, np.int64), np.full(depths, first), np.full(depths, order[first])
     for i in range(len(members)):
         add(sets[0], i)
-    best, steps = search.sizes[-1], search.steps[0]
-    patience = steps + len(members) ** 2 // 8  # about the cost of `rows`
-    size, depth = max(best - SLACK, 0), 0
+    steps, size, depth, found, heaviest = search.steps[0], search.sizes[n], 0, 0, 0
     while depth >= 0 and (steps < budget or size == 0):  # the first clique is always found
-        if steps > patience:
-            size = max(size, best)
         missing = max(least(size, steps > tie_budget) - depth - 1, 0)
         if wanted[depth] != missing:
             wanted[depth] = missing
             steps += colour(sets, depth, rows, missing - 1, branches)[0]
         i = last_in(branches, depth)
-        if i < 0:
-            if missing == 0 and last_in(sets, depth) < 0:
-                offer(search, chosen[: depth + 1], first)
-                size = max(size, depth + 1)
-            depth -= 1
+        if i >= 0:
+            steps += 1
+            branches[depth, i >> 6] ^= ONE << np.uint64(i & 63)
+            sets[depth, i >> 6] ^= ONE << np.uint64(i & 63)
+            candidates = 0
+            for word in range(words):
+                sets[depth + 1, word] = sets[depth, word] & rows[i, word]
+                candidates += popcount(sets[depth + 1, word])
+            if candidates >= missing - 1:
+                depth += 1
+                chosen[depth], images[depth], wanted[depth] = members[i], order[members[i]], -1
             continue
-        steps += 1
-        branches[depth, i >> 6] ^= ONE << np.uint64(i & 63)
-        sets[depth, i >> 6] ^= ONE << np.uint64(i & 63)
-        for word in range(words):
-            sets[depth + 1, word] = sets[depth, word] & rows[i, word]
-        depth += 1
-        chosen[depth], wanted[depth] = members[i], -1
+        if missing == 0 and last_in(sets, depth) < 0:
+            total = 0
+            for one in range(depth + 1):
+                for other in range(one):
+                    total += weights[images[one], images[other]]
+            if depth + 1 > found or total >= heaviest:
+                size = found = depth + 1
+                heaviest = total
+                clique = np.zeros(search.rows.shape[1], np.uint64)
+                for one in range(found):
+                    add(clique, chosen[one])
+                keep_preferred(search, clique, found, total, first)
+        depth -= 1
     search.steps[0] = steps
     return size, depth < 0
 
@@ -220,31 +227,34 @@ def colour(sets, at: int, rows, limit: int, branches) -> tuple:
     colour: those go into branches[at]. The last row of `branches` is scratch space. Returns how many vertices were
     coloured, and with how many colours.
     """
-    words, coloured, size = sets.shape[1], 0, 0
+    words, scratch, start = sets.shape[1], len(branches) - 1, 0
+    coloured, colours, left = 0, 0, 0
     for word in range(words):
-        size += popcount(sets[at, word])
         branches[at, word] = sets[at, word]
-    if size <= limit:
-        branches[at] = EMPTY
-        return size, size
-    for colours in range(limit):
-        before = coloured
+        left += popcount(sets[at, word])
+    if left <= limit:
+        coloured, colours, left = left, left, 0
         for word in range(words):
-            branches[-1, word] = branches[at, word]
-        for word in range(words):
-            free, taken = branches[-1, word], EMPTY
+            branches[at, word] = EMPTY
+    while left > 0 and colours < limit:
+        while branches[at, start] == EMPTY:
+            start += 1
+        for word in range(start, words):
+            branches[scratch, word] = branches[at, word]
+        for word in range(start, words):
+            free, taken = branches[scratch, word], EMPTY
             while free != EMPTY:
+                left -= 1
                 coloured += 1
                 bit = lowest(free)
                 v = 64 * word + bit
                 taken |= ONE << np.uint64(bit)
                 free &= ~(rows[v, word] | ONE << np.uint64(bit))
                 for later in range(word + 1, words):
-                    branches[-1, later] &= ~rows[v, later]
+                    branches[scratch, later] &= ~rows[v, later]
             branches[at, word] ^= taken
-        if coloured == before:
-            return coloured, colours
-    return coloured, max(limit, 0)
+        colours += 1
+    return coloured, colours
 
 
 @numba.njit(cache=True)
@@ -252,36 +262,33 @@ def vertices_of(row):
     """The vertices of a set, ascending."""
     vertices = np.empty(size_of(row), np.int64)
     count = 0
-    for v in range(64 * len(row)):
-        if contains(row, v):
-            vertices[count] = v
+    for word in range(len(row)):
+        left = row[word]
+        while left != EMPTY:
+            vertices[count] = 64 * word + lowest(left)
+            left &= left - ONE
             count += 1
     return vertices
 
 
 @numba.njit(cache=True)
 def rows_among(rows, members):
-    """Which of the vertices `members` are joined, as bit rows over their positions."""
+    """Which of the vertices `members`, ascending, are joined, as bit rows over their positions."""
     n = len(members)
-    among = np.zeros((n, (n + 63) // 64), np.uint64)
+    among, before = np.zeros((n, (n + 63) // 64), np.uint64), np.zeros(rows.shape[1], np.uint64)
+    position = np.empty(64 * rows.shape[1], np.int64)
     for i in range(n):
-        row, mine = rows[members[i]], among[i]
-        for j in range(n):
-            if contains(row, members[j]):
-                add(mine, j)
+        v = members[i]
+        for word in range((v >> 6) + 1):
+            joined = rows[v, word] & before[word]
+            while joined != EMPTY:
+                j = position[64 * word + lowest(joined)]
+                joined &= joined - ONE
+                among[i, j >> 6] |= ONE << np.uint64(j & 63)
+                among[j, i >> 6] |= ONE << np.uint64(i & 63)
+        add(before, v)
+        position[v] = i
     return among
-
-
-@numba.njit(cache=True)
-def offer(search: Search, vertices, slot: int) -> None:
-    """Keep the clique of these vertices in row `slot` of `known` if it is preferred to the one there."""
-    clique = np.zeros(search.rows.shape[1], np.uint64)
-    total = np.int64(0)
-    for i in range(len(vertices)):
-        add(clique, vertices[i])
-        for j in range(i):
-            total += search.weights[search.order[vertices[i]], search.order[vertices[j]]]
-    keep_preferred(search, clique, len(vertices), total, slot)
 
 
 @numba.njit(cache=True)

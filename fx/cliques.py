@@ -150,13 +150,14 @@ def _millionths(similarity: np.ndarray) -> np.ndarray:
     weights = np.empty(similarity.shape, dtype=np.int32)
     for start in range(0, len(similarity), 256):
         rows = similarity[start : start + 256] * np.float64(MILLION)
-        if not np.abs(rows).max() <= 1.001 * MILLION:
+        if not (rows.max() <= 1.001 * MILLION and rows.min() >= -1.001 * MILLION):
             _refuse_values(similarity)
         weights[start : start + 256] = np.rint(rows, out=rows)
     for start in range(0, len(weights), 256):
         rows, columns = weights[start : start + 256, start:], weights[start:, start : start + 256].T
-        if np.abs(rows - columns).max() > 2:
-            i, j = start + np.argwhere(np.abs(rows - columns) > 2)[0]
+        apart = rows - columns
+        if max(apart.max(), -apart.min()) > 2:
+            i, j = start + np.argwhere(np.abs(apart) > 2)[0]
             raise ValueError(f"The similarity matrix is not symmetric: entries ({i}, {j}) and ({j}, {i}) differ.")
         rows[...] = np.triu(rows, 1)
         columns[:, 256:] = rows[:, 256:]
