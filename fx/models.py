@@ -71,8 +71,12 @@ def model_folder(name: str) -> Path:
     Raises FileNotFoundError or ValueError for what is no whole pipeline folder (see `fx.checkpoints`).
     """
     folder = checkpoints.find(name)
-    if checkpoints.kind_of(folder) != "pipeline":
-        raise ValueError(f"{folder} is no complete model: a base model is a diffusers folder with model_index.json")
+    kind = checkpoints.kind_of(folder)
+    if kind != "pipeline":
+        way_out = "; convert it once by diffusers' from_single_file and save_pretrained" if kind == "single file" else ""
+        raise ValueError(
+            f"{folder} is no complete model: a base model is a diffusers folder with model_index.json{way_out}"
+        )
     return folder
 
 

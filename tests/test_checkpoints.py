@@ -12,6 +12,7 @@ from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline
 from diffusers.utils import convert_state_dict_to_diffusers, convert_state_dict_to_kohya
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
+from transformers import CLIPTextModelWithProjection
 
 from fx import checkpoints, families, models
 
@@ -150,7 +151,7 @@ def test_a_lora_in_kohya_layout(folders, family, text, tmp_path):
         assert same(models.load_pair(str(folders[family]), place), base, made)
 
 
-@pytest.mark.parametrize("family", ["sd1", "sdxl", "sd3"])
+@pytest.mark.parametrize("family", ["sd1", "sd2", "sdxl", "alt", "sd3"])
 @pytest.mark.parametrize("text", [False, True])
 def test_a_lora_in_peft_layout(folders, family, text, tmp_path):
     """Written by PeftModel.save_pretrained: the network's adapter alone, or in folders beside the text encoder's."""
@@ -162,7 +163,8 @@ def test_a_lora_in_peft_layout(folders, family, text, tmp_path):
     assert isinstance(wrapped, PeftModel)
     wrapped.save_pretrained(tmp_path / name if text else tmp_path)
     if text:
-        encoder = get_peft_model(made.text_encoder, LoraConfig(target_modules=["q_proj"], **settings))
+        queries = "query" if family == "alt" else "q_proj"
+        encoder = get_peft_model(made.text_encoder, LoraConfig(target_modules=[queries], **settings))
         encoder.save_pretrained(tmp_path / "text_encoder")
     base = models.load_pipeline(str(folders[family]))
     pair = models.load_pair(str(folders[family]), tmp_path)
@@ -173,39 +175,74 @@ def test_a_lora_in_peft_layout(folders, family, text, tmp_path):
     assert same(pair, models.load_pipeline(str(folders[family])), tuned)
 
 
-@pytest.mark.parametrize("family", ["sd1"])
-def test_a_single_file(family, tmp_path):
-    """Written by the original Stable Diffusion code (fixtures/single-file/make.py), with that code's own answers."""
-    tokenizer = tiny.byte_tokenizer()
-    base = tiny.pipeline(family)
-    base.unet = tiny.unet(block_out_channels=(32, 64), norm_num_groups=32)
+def single_file_base(family: str):
+    """A random pipeline with the settings of the model in fixtures/single-file."""
+    tokenizer, base = tiny.byte_tokenizer(), tiny.pipeline(family)
+    levels = 3 if family == "sd1" else 1
     base.vae = AutoencoderKL(
-        block_out_channels=(32, 32, 32),
-        down_block_types=("DownEncoderBlock2D",) * 3,
-        up_block_types=("UpDecoderBlock2D",) * 3,
+        block_out_channels=(32,) * levels,
+        down_block_types=("DownEncoderBlock2D",) * levels,
+        up_block_types=("UpDecoderBlock2D",) * levels,
         latent_channels=4,
         sample_size=16,
     )
-    base.text_encoder = tiny.text_encoder(tokenizer, layers=1)
-    base.save_pretrained(tmp_path)
-    pair = models.load_pair(str(tmp_path), SINGLE_FILE / "model.safetensors")
-    expected = load_file(SINGLE_FILE / "expected.safetensors")
-    condition = families.Condition(expected["context"])
+    if family == "sd1":
+        base.unet = tiny.unet(block_out_channels=(32, 64), norm_num_groups=32)
+        base.text_encoder = tiny.text_encoder(tokenizer, layers=1)
+        return base
+    settings = {"block_out_channels": (32, 32), "norm_num_groups": 32, "use_linear_projection": True}
+    if family == "sd2":
+        base.unet = tiny.unet(**settings)
+        base.text_encoder = tiny.text_encoder(tokenizer, layers=23, intermediate_size=128, hidden_act="gelu")
+        return base
+    base.unet = tiny.unet(
+        cross_attention_dim=32 + 64,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        addition_embed_type="text_time",
+        addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=64 + 6 * 8,
+        **settings,
+    )
+    wide = {"hidden_size": 64, "intermediate_size": 256, "projection_dim": 64, "hidden_act": "gelu"}
+    base.text_encoder_2 = tiny.text_encoder(tokenizer, CLIPTextModelWithProjection, layers=3, **wide)
+    return base
+
+
+@pytest.mark.parametrize("family", ["sd1", "sd2", "sdxl"])
+def test_a_single_file(family, tmp_path):
+    """Written by the original code (fixtures/single-file/make.py), with that code's own answers."""
+    single_file_base(family).save_pretrained(tmp_path)
+    pair = models.load_pair(str(tmp_path), SINGLE_FILE / f"{family}.safetensors")
+    expected = load_file(SINGLE_FILE / f"{family}-expected.safetensors")
+
+    def close(found, name):
+        return torch.allclose(found, expected[name], rtol=1e-3, atol=1e-3 * expected[name].abs().max())
+
+    added = {"text_embeds": expected["pooled"], "time_ids": expected["time_ids"]} if family == "sdxl" else {}
+    condition = families.Condition(expected["context"], added)
     with torch.no_grad():
         found = pair.predict("tuned", expected["x"], expected["t"], condition)
-        assert torch.allclose(found, expected["unet"], rtol=1e-3, atol=1e-3 * expected["unet"].abs().max())
+        assert close(found, "unet")
         assert (found - pair.predict("base", expected["x"], expected["t"], condition)).abs().max() > 1e-2
-        decoded = families.decode(pair.tuned, expected["x"] * pair.tuned.vae.config.scaling_factor)
-    assert torch.allclose(decoded, expected["decoded"], rtol=1e-3, atol=1e-3 * expected["decoded"].abs().max())
-    weights = load_file(SINGLE_FILE / "model.safetensors")
-    stored = weights["cond_stage_model.transformer.text_model.embeddings.token_embedding.weight"]
-    assert torch.equal(pair.tuned.text_encoder.get_input_embeddings().weight, stored.float())
-    assert not torch.equal(pair.base.text_encoder.get_input_embeddings().weight, stored.float())
+        assert close(families.decode(pair.tuned, expected["x"] * pair.tuned.vae.config.scaling_factor), "decoded")
+        if family == "sd2":
+            assert close(pair.tuned.text_encoder(expected["tokens"]).last_hidden_state, "normed")
+        if family == "sdxl":
+            read = pair.tuned.text_encoder_2(expected["tokens"], output_hidden_states=True)
+            assert close(read.hidden_states[-2], "hidden")
+            assert close(read.text_embeds, "projected")
+    if family != "sd2":
+        prefix = "cond_stage_model" if family == "sd1" else "conditioner.embedders.0"
+        weights = load_file(SINGLE_FILE / f"{family}.safetensors")
+        stored = weights[f"{prefix}.transformer.text_model.embeddings.token_embedding.weight"]
+        assert torch.equal(pair.tuned.text_encoder.get_input_embeddings().weight, stored.float())
+        assert not torch.equal(pair.base.text_encoder.get_input_embeddings().weight, stored.float())
 
 
 def test_a_single_file_on_the_wrong_base_is_refused(folders):
-    with pytest.raises(ValueError, match=r"model\.safetensors cannot be loaded|do not fit"):
-        models.load_pair(str(folders["sd1"]), SINGLE_FILE / "model.safetensors")
+    with pytest.raises(ValueError, match=r"sd1\.safetensors cannot be loaded|do not fit"):
+        models.load_pair(str(folders["sd1"]), SINGLE_FILE / "sd1.safetensors")
 
 
 def test_a_lora_pair_holds_one_network(folders, tmp_path):
@@ -484,3 +521,7 @@ def test_there_are_thirty():
 def test_a_base_model_must_be_a_whole_folder(folders):
     with pytest.raises(ValueError, match="unet is no complete model: a base model is a diffusers folder"):
         models.load_pipeline(str(folders["sd1"] / "unet"))
+    with pytest.raises(
+        ValueError, match=r"sd1\.safetensors is no complete model.*convert it once by .* save_pretrained"
+    ):
+        models.load_pipeline(str(SINGLE_FILE / "sd1.safetensors"))

@@ -40,15 +40,12 @@ def byte_tokenizer() -> CLIPTokenizer:
     return CLIPTokenizer(vocab=vocabulary, merges=[("d", "o"), ("do", "g</w>")], model_max_length=MAX_TOKENS)
 
 
-def text_encoder(tokenizer: CLIPTokenizer, kind: type = CLIPTextModel, layers: int = 2) -> CLIPTextModel:
-    """An untrained text encoder, 32 wide."""
+def text_encoder(tokenizer: CLIPTokenizer, kind: type = CLIPTextModel, layers: int = 2, **settings) -> CLIPTextModel:
+    """An untrained text encoder, 32 wide unless `settings` say otherwise."""
     special = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     size = {"hidden_size": WIDTH, "intermediate_size": 64, "num_hidden_layers": layers, "num_attention_heads": 4}
-    return kind(
-        CLIPTextConfig(
-            vocab_size=len(tokenizer), max_position_embeddings=MAX_TOKENS, projection_dim=WIDTH, **size, **special
-        )
-    )
+    size |= {"vocab_size": len(tokenizer), "max_position_embeddings": MAX_TOKENS, "projection_dim": WIDTH}
+    return kind(CLIPTextConfig(**size | special | settings))
 
 
 def autoencoder(**settings) -> AutoencoderKL:
