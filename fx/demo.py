@@ -32,7 +32,7 @@ def arguments(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("item", nargs="?", default="style/zazou", help="a shipped item or a folder of images")
     parser.add_argument("--caption", default="", help="training caption; a folder needs one")
     parser.add_argument("--method", choices=METHODS, default="dreambooth", help="how to fine-tune")
-    parser.add_argument("--images", type=int, default=20, help="generated images per training image (default 20)")
+    parser.add_argument("--images", type=int, default=10, help="generated images per training image (default 10)")
     parser.add_argument("--seed", type=int, default=0, help="seed of fine-tuning and sampling (default 0)")
     return parser.parse_args(words)
 

@@ -73,7 +73,9 @@ def model_folder(name: str) -> Path:
     folder = checkpoints.find(name)
     kind = checkpoints.kind_of(folder)
     if kind != "pipeline":
-        way_out = "; convert it once by diffusers' from_single_file and save_pretrained" if kind == "single file" else ""
+        way_out = (
+            "; convert it once by diffusers' from_single_file and save_pretrained" if kind == "single file" else ""
+        )
         raise ValueError(
             f"{folder} is no complete model: a base model is a diffusers folder with model_index.json{way_out}"
         )
