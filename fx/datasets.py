@@ -1,5 +1,6 @@
 """Items: one artist or one object with its training images, its caption and its never-trained controls (Sec. 5)."""
 
+import difflib
 import json
 from dataclasses import dataclass
 from functools import cache
@@ -43,11 +44,14 @@ def shipped(dataset: str) -> dict[str, dict]:
 def names(dataset: str, split: str = "reported", limit: int | None = None) -> list[str]:
     """Names of a set's items, "style/mimooh" and so on, in a fixed order; the first `limit` of them.
 
-    "reported" items are those of the tables; "development" items are for choosing settings, and in no table.
+    "reported" items are those of the tables; "development" items are for choosing settings, and in no table. ValueError
+    for an unknown set or split and for a limit beyond its items.
     """
     if split not in SPLITS:
         raise ValueError(f"unknown split {split!r}: choose from {', '.join(SPLITS)}")
     chosen = [f"{dataset}/{slug}" for slug, item in shipped(dataset).items() if item["split"] == split]
+    if limit is not None and not 0 <= limit <= len(chosen):
+        raise ValueError(f"{dataset} has {len(chosen)} {split} items: a number from 0 to {len(chosen)}, not {limit}")
     return chosen[:limit]
 
 
@@ -73,12 +77,19 @@ ROLES = ("training", "controls")
 
 
 def _folder_item(folder: Path, caption: str) -> Item:
+    if folder.is_file():
+        raise FileNotFoundError(f"no item {str(folder)!r}: it is a file; name the folder that holds the images")
     if not folder.is_dir():
+        known = [name for dataset in SETS for split in SPLITS for name in names(dataset, split)]
+        short = {name.partition("/")[2]: name for name in known}
+        near = difflib.get_close_matches(str(folder), known, 1) or [
+            short[slug] for slug in difflib.get_close_matches(folder.name, short, 1)
+        ]
         raise FileNotFoundError(
-            f"no item {str(folder)!r}: it is neither a folder of images nor a shipped item; "
-            f"fx.datasets.names('style') and names('object') list those"
+            f"no item {str(folder)!r}: it is neither a folder of images nor a shipped item"
+            + (f"; did you mean {near[0]}?" if near else f", such as {known[0]}; data/datasets holds them all")
         )
-    visible = (path for path in folder.iterdir() if not path.name.startswith("."))
+    visible = (path for path in folder.iterdir() if path.is_file() and not path.name.startswith("."))
     images = tuple(sorted(path for path in visible if path.suffix.lower() in SUFFIXES))
     if not images:
         raise ValueError(f"no images in {folder}: it needs files ending in {', '.join(sorted(SUFFIXES))}")

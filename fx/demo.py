@@ -10,6 +10,7 @@ One artist of the shipped style set, by LoRA instead, or any folder of images:
 import argparse
 import json
 import sys
+from pathlib import Path
 
 import numpy as np
 
@@ -17,6 +18,7 @@ from fx import plots, results
 from fx.datasets import load_images, load_item, to_uint8
 from fx.extraction import Extract, three_arms
 from fx.finetune import METHODS, FineTune
+from fx.paths import FIGURES
 from fx.similarity import copy_thresholds
 
 # The defaults of notebook 03, per fine-tuning method.
@@ -34,7 +36,10 @@ def arguments(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--method", choices=METHODS, default="dreambooth", help="how to fine-tune")
     parser.add_argument("--images", type=int, default=10, help="generated images per training image (default 10)")
     parser.add_argument("--seed", type=int, default=0, help="seed of fine-tuning and sampling (default 0)")
-    return parser.parse_args(words)
+    options = parser.parse_args(words)
+    if options.images < 1 or options.seed < 0:
+        parser.error(f"--images {options.images} must be at least 1, --seed {options.seed} at least 0")
+    return options
 
 
 def specs(options: argparse.Namespace) -> list[Extract]:
@@ -63,22 +68,35 @@ def main(words: list[str] | None = None) -> None:
     asked = specs(options)
     rows = results.run(asked, description="demo")
     loose, strict = copy_thresholds("mini-sscd")
-    print(f"\nA-ESR thresholds of mini-sscd: strict {strict:.2f}, loose {loose:.2f}\n")
+    print(f"\nA-ESR thresholds of mini-sscd: strict {strict:.3f}, loose {loose:.3f}\n")
     columns = ["arm", "AS", "A-ESR_strict", "A-ESR_loose", "n_extracted", "n_generated"]
     print(rows[columns].to_string(index=False, float_format="{:.3f}".format))
-    path = plots.save(picture(asked, item), f"demo-{item.name.replace('/', '-')}", "mini")
-    print(f"\nEvery training image, above what each arm extracted for it: {path}")
+    path = picture_path(options)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    picture(asked, item).savefig(path)
+    print(f"\nEvery training image, above the extracted image of each arm that is most like it: {path}")
+
+
+def picture_path(options: argparse.Namespace) -> Path:
+    """figures/ for the demo as it comes, the work area for everybody's own items and settings."""
+    if options == arguments([]):
+        return FIGURES / f"demo-{options.item.replace('/', '-')}-mini.png"
+    name = f"{Path(options.item).name}-{options.method}-N{options.images}-seed{options.seed}.png"
+    return results.RUNS / "demo" / name
 
 
 def picture(asked: list[Extract], item) -> plots.Figure:
-    """Training images and, per arm, the extracted image that matches each of them best."""
+    """Training images and, per arm, the extracted image that is most like each of them, with their similarity."""
     size = np.load(results.folder(asked[0].generate) / "images.npy", mmap_mode="r").shape[1]
-    rows = {"training": to_uint8(load_images(item.training, size))}
+    rows, notes = {"training": to_uint8(load_images(item.training, size))}, {}
     for spec in asked:
         images = np.load(results.folder(spec.generate) / "images.npy", mmap_mode="r")
         matches = json.loads((results.folder(spec) / "matches.json").read_text())
-        rows[plots.ARM_LABELS[spec.generate.arm]] = images[matches["match"]]
-    return plots.picture_rows(rows, f"{item.name}: training images and what was extracted for them")
+        label = plots.ARM_LABELS[spec.generate.arm]
+        rows[label] = images[matches["match"]]
+        notes[label] = plots.marked(np.array(matches["similarity"]), spec.loose, spec.strict)
+    title = f"{item.name}: training images and the most similar extracted ones (* loose, ** strict threshold)"
+    return plots.picture_rows(rows, title, notes=notes)
 
 
 if __name__ == "__main__":

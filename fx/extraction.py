@@ -45,15 +45,21 @@ class Extract:
 
 @results.inputs.register
 def _(spec: Extract) -> dict[str, str]:
-    return {"descriptor": results.sha256_of(descriptor_path(spec.descriptor)[0])}
+    item = load_item(spec.generate.finetune.item, spec.generate.finetune.caption)
+    if (n := spec.generate.images_per_training * item.n_training) < 2:
+        raise ValueError(f"{item.name}: {n} generated image has no similarities to cluster; generate at least 2")
+    controls = {f"control {number}": results.sha256_of(path) for number, path in enumerate(item.controls)}
+    return {"descriptor": results.sha256_of(descriptor_path(spec.descriptor)[0]), **controls}
 
 
 @results.perform.register
 def _(spec: Extract, folder: Path) -> None:
     """Write scores.json and matches.json.
 
-    matches.json holds image numbers: the cliques, their centres and, per training image, its match among the centres
-    with the similarity of the two.
+    scores.json: the scores of Eq. 1 and 2; AS_one_to_one, where each extracted image counts for one training image only;
+    AS_all, as if every generated image were extracted, which no rule can surpass; AS_controls, the AS of images of the same
+    artist or class that were never trained on, if the item has any. matches.json holds image numbers: the cliques, their
+    centres and, per training image, its match among the centres with the similarity of the two.
     """
     finetune = spec.generate.finetune
     item = load_item(finetune.item, finetune.caption)
@@ -64,12 +70,17 @@ def _(spec: Extract, folder: Path) -> None:
     extraction = extract(similarity_matrix(found), item.n_training, rule=spec.rule)
     centres = np.array(extraction.centres)
     extracted = found[centres]
+    controls = None
+    if item.controls:
+        unseen = descriptors(network, load_images(item.controls, generated.shape[1]))
+        controls = metrics.average_similarity(unseen, extracted)
     scores = {
         "AS": metrics.average_similarity(training, extracted),
         "A-ESR_strict": metrics.extraction_success_rate(training, extracted, spec.strict),
         "A-ESR_loose": metrics.extraction_success_rate(training, extracted, spec.loose),
         "AS_one_to_one": metrics.average_similarity(training, extracted, one_to_one=True),
         "AS_all": metrics.average_similarity(training, found),
+        "AS_controls": controls,
         "n_training": item.n_training,
         "n_generated": len(generated),
         "n_extracted": extraction.n_extracted,
@@ -108,7 +119,8 @@ def three_arms(
 def method_pictures(spec: Extract, n: int = 4) -> dict[str, np.ndarray]:
     """What plots.method_drawing needs of a finished extraction, uint8 [n, h, w, 3] each.
 
-    base and tuned: samples of both models for the caption; generated; clique: members of the largest one; extracted.
+    base: samples of theta without the caption; tuned: of theta' with it; generated; clique: members of the largest one;
+    extracted.
     """
     finetune = spec.generate.finetune
     item = load_item(finetune.item, finetune.caption)
@@ -119,7 +131,7 @@ def method_pictures(spec: Extract, n: int = 4) -> dict[str, np.ndarray]:
     common = {"n": n, "w": 1.0, "steps": spec.generate.steps, "seed": spec.generate.seed}
     base = load_pipeline(finetune.base)
     return {
-        "base": sample(ModelPair(base, base), item.caption, arm="direct", **common),
+        "base": sample(ModelPair(base, base), "", arm="direct", **common),
         "tuned": sample(pair, item.caption, arm="direct", **common),
         "generated": generated[:n],
         "clique": generated[largest],

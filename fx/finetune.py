@@ -40,7 +40,7 @@ class FineTune:
     caption: str = ""
     base: str = "mini-sd"
     method: str = "dreambooth"
-    learning_rate: float = 2.0e-5
+    learning_rate: float = 1.0e-5
     steps_per_image: int = 200
     batch_size: int = 4
     rank: int = 0
@@ -60,6 +60,8 @@ class FineTune:
                 f"steps_per_image {self.steps_per_image} and batch_size {self.batch_size} must be at least 1, "
                 f"learning_rate {self.learning_rate} between 0 and 1"
             )
+        if self.seed < 0:
+            raise ValueError(f"seed {self.seed} must be at least 0")
 
 
 @results.inputs.register

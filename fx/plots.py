@@ -27,8 +27,13 @@ def show_row(axes: Axes, pictures: np.ndarray, label: str, gap: int = 2) -> None
     axes.set_ylabel(label, rotation=0, ha="right", va="center")
 
 
-def picture_rows(rows: dict[str, np.ndarray], title: str = "", width: float = 0.75) -> Figure:
-    """One labelled row of pictures per entry; `width` is the printed width of a picture in inches."""
+def picture_rows(
+    rows: dict[str, np.ndarray], title: str = "", width: float = 0.75, notes: dict[str, list[str]] | None = None
+) -> Figure:
+    """One labelled row of pictures per entry; `width` is the printed width of a picture in inches.
+
+    notes: for some of the rows, a short text to stand in the lower left corner of each of its pictures.
+    """
     columns = max(len(pictures) for pictures in rows.values())
     figure, axes = plt.subplots(
         len(rows), 1, figsize=(columns * width + 1, len(rows) * width + 0.3), squeeze=False, layout="constrained"
@@ -37,8 +42,17 @@ def picture_rows(rows: dict[str, np.ndarray], title: str = "", width: float = 0.
         missing = columns - len(pictures)
         blank = np.full((missing, *pictures.shape[1:]), 255, np.uint8)
         show_row(axis, np.concatenate([pictures, blank]), label)
+        step = axis.get_images()[0].get_array().shape[1] / columns
+        for number, note in enumerate((notes or {}).get(label, [])):
+            place = (number * step + 1, pictures.shape[1] - 2)
+            axis.text(*place, note, fontsize=6, va="bottom", bbox={"facecolor": "white", "pad": 0.8, "lw": 0})
     figure.suptitle(title)
     return figure
+
+
+def marked(similarities: np.ndarray, loose: float, strict: float) -> list[str]:
+    """Similarities as text: two stars above the strict threshold of a copy, one above the loose one."""
+    return [f"{value:.2f}" + "*" * (int(value > loose) + int(value > strict)) for value in similarities]
 
 
 def captioned_grid(pictures: np.ndarray, captions: list[str], columns: int = 8, width: float = 1.15) -> Figure:
@@ -103,14 +117,14 @@ def score_curves(rows: pd.DataFrame, x: str, score: str = "AS", block: str = "me
 
 
 def method_drawing(pictures: dict[str, np.ndarray]) -> Figure:
-    """The paper's Fig. 2 with pictures of a run: theta and theta' -> model guidance -> generated -> cliques -> extracted.
+    """The paper's Fig. 2 with pictures of a run: theta and theta' -> Eq. 13 (k = 0) -> generated -> cliques -> extracted.
 
     pictures: "base", "tuned", "generated", "clique" and "extracted", uint8 [n >= 4, h, w, 3] each (four are shown).
     """
     titles = {
-        "base": r"base model $\theta$",
-        "tuned": r"fine-tuned model $\theta'$",
-        "generated": "model guidance\n" + r"$\epsilon_{\theta'}+(w'-1)(\epsilon_{\theta'}-\epsilon_\theta)$",
+        "base": r"base $\theta$, no caption",
+        "tuned": r"fine-tuned $\theta'$, caption $c$",
+        "generated": "FineXtract\n" + r"$\epsilon_{\theta'}(c)+(w'-1)(\epsilon_{\theta'}(c)-\epsilon_\theta)$",
         "clique": r"a clique: sim $\geq \phi$",
         "extracted": r"centres $\hat X$",
     }

@@ -17,13 +17,14 @@ import yaml
 from fx.paths import NOTEBOOKS
 from fx.results import RUNS
 
-PROFILES = ("mini", "smoke", "paper")
+PROFILES = ("mini", *sorted({file.parent.name for file in NOTEBOOKS.glob("params/*/*.yaml")}))
 NOT_BY_DEFAULT = "00"  # trains the shipped models: hours
 
 
 def find_notebooks(numbers: list[str]) -> list[Path]:
-    """Notebook files of the given numbers ("03"), or all but 00, in order; ValueError for a number without one."""
+    """Notebook files of the given numbers ("03" or "3"), or all but 00, in order; ValueError for one that is none."""
     files = {path.name[:2]: path for path in sorted(NOTEBOOKS.glob("[0-9][0-9]*.ipynb"))}
+    numbers = [number.zfill(2) for number in numbers]
     if unknown := [number for number in numbers if number not in files]:
         raise ValueError(f"no notebook {', '.join(unknown)}: there are {', '.join(files)}")
     return [files[number] for number in numbers] or [path for key, path in files.items() if key != NOT_BY_DEFAULT]
@@ -44,15 +45,15 @@ def parameters(notebook: Path, profile: str, extra: dict[str, object]) -> dict[s
     known = papermill.inspect_notebook(notebook)
     if unknown := sorted(set(given) - set(known)):
         raise ValueError(
-            f"{notebook.name} has no parameter {', '.join(unknown)}: its parameters are {', '.join(known)}"
+            f"{notebook.name} has no parameter {', '.join(unknown)}: its parameters are {', '.join(known)}. "
+            "Name the notebook that has it: fx.reproduce 03 -p artists=20"
         )
     for name, value in given.items():
         default = ast.literal_eval(known[name]["default"])
         if type(value) is not type(default) and (type(value), type(default)) != (int, float):
-            wanted = type(default).__name__
+            hint = " (YAML reads 1e-5 as text: write 1.0e-5)" if isinstance(default, float) else ""
             raise ValueError(
-                f"{notebook.name}: {name} is a {wanted} such as {default!r}, not {value!r} "
-                "(YAML reads 1e-5 as text: write 1.0e-5)"
+                f"{notebook.name}: {name} takes {type(default).__name__} values such as {default!r}, not {value!r}{hint}"
             )
     return given
 

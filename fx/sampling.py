@@ -69,6 +69,8 @@ class Generate:
             raise ValueError(
                 f"images_per_training {self.images_per_training} must be at least 1, steps {self.steps} within 1..999"
             )
+        if self.seed < 0:
+            raise ValueError(f"seed {self.seed} must be at least 0")
         if self.sampler not in SAMPLERS:
             raise ValueError(f"unknown sampler {self.sampler!r}: choose from {', '.join(SAMPLERS)}")
         for name in ("guidance_scale", "correction_scale"):

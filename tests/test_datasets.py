@@ -93,6 +93,10 @@ def test_splits_are_disjoint_and_together_the_set(dataset):
 
 def test_names_come_in_a_fixed_order_and_up_to_a_limit():
     assert datasets.names("style", limit=3) == datasets.names("style")[:3]
+    assert datasets.names("style", limit=0) == []
+    for limit in (-1, 21):
+        with pytest.raises(ValueError, match=f"style has 20 reported items: a number from 0 to 20, not {limit}"):
+            datasets.names("style", limit=limit)
     assert datasets.names("style") == datasets.names("style", "reported")
 
 
@@ -217,8 +221,18 @@ def test_an_empty_folder_a_missing_one_and_a_missing_caption_are_refused(tmp_pat
         datasets.load_item(str(tmp_path), "a dog")
     with pytest.raises(FileNotFoundError, match=r"nowhere.*neither a folder of images nor a shipped item"):
         datasets.load_item(str(tmp_path / "nowhere"), "a dog")
-    with pytest.raises(FileNotFoundError, match="'style/nobody'"):
-        datasets.load_item("style/nobody")
+    for name, hint in (
+        ("style/zazu", "did you mean style/zazou"),
+        ("zazou", "did you mean style/zazou"),
+        ("q", "such as style/"),
+    ):
+        with pytest.raises(FileNotFoundError, match=f"no item '{name}'.*{hint}"):
+            datasets.load_item(name)
+    with pytest.raises(FileNotFoundError, match=r"0\.png': it is a file; name the folder that holds the images"):
+        datasets.load_item(str(next(picture_folder.glob("*0.png"))))
+    (tmp_path / "folder.jpg").mkdir()
+    with pytest.raises(ValueError, match="no images in"):
+        datasets.load_item(str(tmp_path), "a dog")
     with pytest.raises(ValueError, match="needs a caption"):
         datasets.load_item(str(picture_folder))
     with pytest.raises(FileNotFoundError, match=r"no file .*gone\.png"):

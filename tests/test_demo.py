@@ -16,7 +16,7 @@ import pytest
 from matplotlib import pyplot as plt
 from PIL import Image
 
-from fx import datasets, demo, extraction, plots, results
+from fx import datasets, demo, extraction, results
 from fx.extraction import Extract
 from fx.paths import NOTEBOOKS
 from fx.sampling import Generate
@@ -33,7 +33,7 @@ def _thresholds(monkeypatch):
 
 def test_arguments_have_defaults_that_need_no_typing():
     options = vars(demo.arguments([]))
-    assert options == {"item": "style/zazou", "caption": "", "method": "dreambooth", "images": 20, "seed": 0}
+    assert options == {"item": "style/zazou", "caption": "", "method": "dreambooth", "images": 10, "seed": 0}
     assert options["item"] in datasets.names("style"), "the default item is a shipped one"
 
 
@@ -71,9 +71,14 @@ def test_specs_are_three_arms_of_one_fine_tune_with_the_chosen_settings(method):
     assert {(spec.loose, spec.strict) for spec in asked} == {(0.4, 0.55)}
 
 
-def test_specs_refuse_a_number_of_images_below_one():
-    with pytest.raises(ValueError, match="images_per_training 0 must be at least 1"):
-        demo.specs(demo.arguments(["--images", "0"]))
+@pytest.mark.parametrize(
+    ("words", "message"), [("--images 0", "--images 0 must be"), ("--seed -1", "--seed -1 at least 0")]
+)
+def test_arguments_refuse_impossible_numbers(words, message, capsys):
+    with pytest.raises(SystemExit) as error:
+        demo.arguments(words.split())
+    assert error.value.code == 2
+    assert message in capsys.readouterr().err
 
 
 @pytest.fixture
@@ -98,13 +103,16 @@ def finished(tmp_path, monkeypatch):
             levels = first[arm] + np.arange(8, dtype=np.uint8)
             images = np.broadcast_to(levels[:, None, None, None], (8, 6, 6, 3))
             np.save(folder(spec.generate) / "images.npy", images)
-            (folder(spec) / "matches.json").write_text(json.dumps({"match": matches[arm]}))
+            (folder(spec) / "matches.json").write_text(
+                json.dumps({"match": matches[arm], "similarity": [0.3, 0.45, 0.6]})
+            )
         scores = {"AS": 0.4321, "A-ESR_strict": 0.1, "A-ESR_loose": 0.5, "n_extracted": 3, "n_generated": 8}
         return pd.DataFrame([{"arm": spec.generate.arm, "phi": 0.9, **scores} for spec in asked])
 
     monkeypatch.setattr(results, "run", run)
     monkeypatch.setattr(results, "folder", folder)
-    monkeypatch.setattr(plots, "FIGURES", tmp_path / "figures")
+    monkeypatch.setattr(results, "RUNS", tmp_path / "runs")
+    monkeypatch.setattr(demo, "FIGURES", tmp_path / "figures")
     return photos, {arm: [first[arm] + index for index in chosen] for arm, chosen in matches.items()}
 
 
@@ -122,6 +130,8 @@ def test_picture_shows_below_each_training_image_what_every_arm_extracted_for_it
     figure = demo.picture(asked, datasets.load_item(str(photos), "a dog"))
     assert [axes.get_ylabel() for axes in figure.axes] == ["training", "direct", "CFG", "FineXtract"]
     assert [levels(axes) for axes in figure.axes] == [[10, 20, 30], *expected.values()]
+    notes = [[text.get_text() for text in axes.texts] for axes in figure.axes]
+    assert notes == [[], *3 * [["0.30", "0.45*", "0.60**"]]], "thresholds .4 and .55"
     assert figure.get_suptitle().startswith("photos")
 
 
@@ -131,15 +141,22 @@ def test_main_prints_the_scores_of_each_arm_and_saves_the_picture(finished, tmp_
     printed = capsys.readouterr().out
     assert results.environment_summary() in printed
     assert "3 training images, caption 'a dog', dreambooth" in printed
-    assert "strict 0.55, loose 0.40" in printed
+    assert "strict 0.550, loose 0.400" in printed
     table = [line.split() for line in printed.splitlines() if line.split()[:1] in (["direct"], ["cfg"], ["finextract"])]
     assert table == [[arm, "0.432", "0.100", "0.500", "3", "8"] for arm in ("direct", "cfg", "finextract")]
-    (path,) = (tmp_path / "figures").iterdir()
+    (path,) = (tmp_path / "runs/demo").iterdir()
     assert str(path) in printed
-    assert path.name.startswith("demo-")
-    assert path.name.endswith("photos-mini.png")
+    assert path.name == "photos-dreambooth-N10-seed0.png"
     with Image.open(path) as image:
         assert image.format == "PNG"
+
+
+def test_only_the_demo_as_it_comes_replaces_its_figure(finished, tmp_path):
+    assert demo.picture_path(demo.arguments([])) == tmp_path / "figures/demo-style-zazou-mini.png"
+    others = [["--method", "lora"], ["--seed", "1"], ["--images", "5"], ["object/rooster"]]
+    paths = {demo.picture_path(demo.arguments(words)) for words in others}
+    assert len(paths) == 4
+    assert {path.parent for path in paths} == {tmp_path / "runs/demo"}
 
 
 def test_main_refuses_a_folder_without_caption_before_any_work(finished, tmp_path):

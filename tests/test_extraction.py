@@ -1,6 +1,7 @@
 """Extraction end to end on the shipped mini models, with few steps, and its parts against independent computations."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -91,6 +92,10 @@ def test_scores_equal_a_computation_by_hand(place_images):
     assert scores["A-ESR_loose"] == pytest.approx((best > spec.loose).float().mean().item())
     assert scores["AS_all"] == pytest.approx((wanted @ found.T).clamp(0, 1).max(dim=1).values.mean().item(), abs=1e-5)
     assert scores["AS_all"] >= scores["AS"] >= scores["AS_one_to_one"]
+    with torch.no_grad():
+        unseen = network(load_images(load_item(TUNED.item).controls, 64))
+    others = (unseen @ found[matches["centres"]].T).clamp(0, 1).max(dim=1).values
+    assert scores["AS_controls"] == pytest.approx(others.mean().item(), abs=1e-5)
     rows, columns = linear_sum_assignment(-(wanted @ found[matches["centres"]].T).numpy())
     matched = (wanted[rows] * found[matches["centres"]][columns]).sum(dim=1).clamp(0, 1)
     assert scores["AS_one_to_one"] == pytest.approx(matched.mean().item(), abs=1e-5)
@@ -122,6 +127,11 @@ def test_wrong_rules_presets_and_descriptors_stop_everything_before_training(run
             results.run(specs(descriptor=name))
     with pytest.raises(FileNotFoundError, match="unknown descriptor 'nonsense'"):
         results.run(specs(descriptor="nonsense"))
+    (tmp_path / "one").mkdir()
+    shutil.copy(load_item(TUNED.item).training[0], tmp_path / "one")
+    single = FineTune(str(tmp_path / "one"), caption="a candle", steps_per_image=1)
+    with pytest.raises(ValueError, match="one: 1 generated image has no similarities to cluster; generate at least 2"):
+        results.run(three_arms(single, 1, 3.0, 2.0, 0.0))
     assert not list(tmp_path.rglob("losses.npy"))
 
 

@@ -350,6 +350,7 @@ def test_the_digest_follows_the_caption_that_a_shipped_item_brings_along(spec, m
         ("lora", {"batch_size": 0}, "batch_size 0 must be at least 1"),
         ("lora", {"learning_rate": 0.0}, "learning_rate 0.0 between 0 and 1"),
         ("lora", {"learning_rate": 1.0}, "learning_rate 1.0 between 0 and 1"),
+        ("lora", {"seed": -1}, "seed -1 must be at least 0"),
         ("lora", {"learning_rate": float("nan")}, "learning_rate nan between 0 and 1"),
     ],
 )

@@ -64,6 +64,28 @@ def test_picture_rows_has_a_labelled_row_per_entry_and_fills_short_ones_with_whi
     assert wider.get_figwidth() - figure.get_figwidth() == pytest.approx(4 * 0.5)
 
 
+def test_notes_stand_inside_their_pictures():
+    rows = {"training": tiles(3), "cfg": tiles(2, seed=1)}
+    figure = plots.picture_rows(rows, notes={"cfg": ["a", "b"]})
+    first, second = figure.axes
+    assert not first.texts
+    assert [text.get_text() for text in second.texts] == ["a", "b"]
+    for number, text in enumerate(second.texts):
+        x, y = text.get_position()
+        assert number * 10 <= x < number * 10 + 8
+        assert 0 <= y < 6
+
+
+def test_stars_mark_the_thresholds_a_similarity_is_above():
+    assert plots.marked(np.array([0.5, 0.501, 0.7, 0.71, -0.2]), 0.5, 0.7) == [
+        "0.50",
+        "0.50*",
+        "0.70*",
+        "0.71**",
+        "-0.20",
+    ]
+
+
 @pytest.mark.parametrize(("n", "rows"), [(1, 1), (3, 1), (4, 2), (7, 3)])
 def test_captioned_grid_shows_each_picture_under_its_caption(n, rows):
     pictures = tiles(n)

@@ -67,12 +67,12 @@ def test_find_notebooks_takes_all_but_00_in_order_by_default(notebooks):
 
 
 def test_find_notebooks_takes_the_asked_ones(notebooks):
-    assert names(reproduce.find_notebooks(["03", "00"])) == ["03", "00"]
+    assert names(reproduce.find_notebooks(["3", "00"])) == ["03", "00"]
 
 
 def test_find_notebooks_names_the_unknown_number_and_those_there_are(notebooks):
-    with pytest.raises(ValueError, match=r"no notebook 04, 3: there are 00, 01, 03$"):
-        reproduce.find_notebooks(["01", "04", "3"])
+    with pytest.raises(ValueError, match=r"no notebook 04, 98: there are 00, 01, 03$"):
+        reproduce.find_notebooks(["01", "04", "98"])
 
 
 def test_the_shipped_notebooks_have_one_number_each():
@@ -229,15 +229,15 @@ def test_command_ends_with_one_line_for_a_wrong_number(monkeypatch):
 @pytest.mark.parametrize(
     ("name", "value", "wanted"),
     [
-        ("learning_rate", "1e-5", "float such as 0.001"),
-        ("artists", 2.0, "int such as 3"),
-        ("artists", True, "int such as 3"),
-        ("quick", 1, "bool such as False"),
-        ("method", 5, "str such as 'lora'"),
+        ("learning_rate", "1e-5", "float values such as 0.001"),
+        ("artists", 2.0, "int values such as 3"),
+        ("artists", True, "int values such as 3"),
+        ("quick", 1, "bool values such as False"),
+        ("method", 5, "str values such as 'lora'"),
     ],
 )
 def test_parameters_refuse_a_value_of_another_type(notebooks, name, value, wanted):
-    with pytest.raises(ValueError, match=f"{name} is a {wanted}, not {value!r}"):
+    with pytest.raises(ValueError, match=f"{name} takes {wanted}, not {value!r}"):
         reproduce.parameters(notebooks / "01-fine-tuning.ipynb", "mini", {name: value})
 
 

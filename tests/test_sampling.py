@@ -158,6 +158,8 @@ def test_arms_and_scales_that_do_not_go_together_are_refused(pair, arm, w, k, me
 def test_impossible_numbers_are_refused(options):
     with pytest.raises(ValueError, match=r"images_per_training .* must be at least 1, steps .* within 1\.\.999"):
         Generate(FineTune("style/mimooh"), **options)
+    with pytest.raises(ValueError, match="seed -1 must be at least 0"):
+        Generate(FineTune("style/mimooh"), seed=-1)
 
 
 # DDIM
