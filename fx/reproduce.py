@@ -17,8 +17,12 @@ import yaml
 from fx.paths import NOTEBOOKS
 from fx.results import RUNS
 
-PROFILES = ("mini", *sorted({file.parent.name for file in NOTEBOOKS.glob("params/*/*.yaml")}))
 NOT_BY_DEFAULT = "00"  # trains the shipped models: hours
+
+
+def profiles() -> list[str]:
+    """The parameter sets there are: mini, the notebooks' own defaults, and the folders of notebooks/params."""
+    return list(dict.fromkeys(["mini", *sorted(file.parent.name for file in NOTEBOOKS.glob("params/*/*.yaml"))]))
 
 
 def find_notebooks(numbers: list[str]) -> list[Path]:
@@ -36,8 +40,8 @@ def parameters(notebook: Path, profile: str, extra: dict[str, object]) -> dict[s
     ValueError for an unknown profile, a profile without a file for this notebook (mini needs none), any name that the
     notebook's parameters cell does not know, and a value of another type than the one it has there.
     """
-    if profile not in PROFILES:
-        raise ValueError(f"unknown profile {profile!r}: choose from {', '.join(PROFILES)}")
+    if profile not in profiles():
+        raise ValueError(f"unknown profile {profile!r}: choose from {', '.join(profiles())}")
     file = NOTEBOOKS / "params" / profile / f"{notebook.stem}.yaml"
     if profile != "mini" and not file.exists():
         raise ValueError(f"the profile {profile} has no parameters for {notebook.name}")
@@ -73,7 +77,7 @@ def main(words: list[str] | None = None) -> None:
     """Check every notebook's parameters, then run them one after the other; a failure stops there."""
     parser = argparse.ArgumentParser("python -m fx.reproduce", description=__doc__.split("\n\n")[0])
     parser.add_argument("notebooks", nargs="*", metavar="NUMBER", help="such as 01 03; default: all but 00")
-    parser.add_argument("--profile", default="mini", help=f"one of {', '.join(PROFILES)} (default mini)")
+    parser.add_argument("--profile", default="mini", help=f"one of {', '.join(profiles())} (default mini)")
     parser.add_argument("-p", dest="extra", type=assignment, action="append", default=[], metavar="NAME=VALUE")
     parser.add_argument("--in-place", action="store_true", help="write the outputs into notebooks/ itself")
     options = parser.parse_args(words)
