@@ -18,21 +18,32 @@ ONE = np.uint64(1)
 EMPTY = np.uint64(0)
 
 
+def compiled(function):
+    """Have numba compile the function, and keep the result on disk where a folder for that can be written."""
+    try:
+        return numba.njit(cache=True)(function)
+    except RuntimeError:  # numba found no such folder
+        return numba.njit(function)
+
+
 class Search(NamedTuple):
     """What is known of a graph while cliques are removed from it; n vertices, rows of w words.
 
     rows uint64 [n, w]: the neighbours of each vertex; alive uint64 [w]: the vertices that are left;
-    weights int32 [n, n]: similarities by image; order int64 [n]: the image of each vertex;
+    weights int32 [n, n]: similarities by image; sums int64 [n]: their sum over all other images; order int64 [n]: the image
+        of each vertex;
     bounds int64 [n]: never below the size of the largest clique that has v as its highest vertex. Removing vertices cannot
         invalidate a bound, so work done for one clique serves all later ones;
     known uint64 [n + 1, w] with sizes and totals int64 [n + 1]: the best clique with highest vertex v while it is whole
         (size 0: not known); row n is the best clique of all;
-    steps int64 [1]: how many vertices were branched on or coloured for the present clique, a measure of the work done.
+    steps int64 [1]: how many vertices were branched on or coloured for the present clique (and a 16th of the similarities
+        that were added up), a measure of the work done.
     """
 
     rows: np.ndarray
     alive: np.ndarray
     weights: np.ndarray
+    sums: np.ndarray
     order: np.ndarray
     bounds: np.ndarray
     known: np.ndarray
@@ -41,11 +52,11 @@ class Search(NamedTuple):
     steps: np.ndarray
 
 
-@numba.njit(cache=True)
+@compiled
 def new_search(weights: np.ndarray, phi: int) -> Search:
     """The search before any clique is removed, for the graph with an edge where weights [n, n] >= phi."""
     n = len(weights)
-    order, bounds = degeneracy_order(weights, phi)
+    order, bounds, similar = degeneracy_order(weights, phi)
     rows = np.zeros((n, (n + 63) // 64), np.uint64)
     for v in range(n):
         for u in range(v):
@@ -57,12 +68,12 @@ def new_search(weights: np.ndarray, phi: int) -> Search:
         add(alive, v)
     known = np.zeros((n + 1, rows.shape[1]), np.uint64)
     sizes, totals, steps = np.zeros(n + 1, np.int64), np.zeros(n + 1, np.int64), np.zeros(1, np.int64)
-    return Search(rows, alive, weights, order, bounds, known, sizes, totals, steps)
+    return Search(rows, alive, weights, similar, order, bounds, known, sizes, totals, steps)
 
 
-@numba.njit(cache=True)
+@compiled
 def degeneracy_order(weights: np.ndarray, phi: int) -> tuple:
-    """Images in reverse order of removal of the one of lowest degree, and one more than its degree then.
+    """Images in reverse order of removal of the one of lowest degree, one more than its degree then, and the images' sums.
 
     Of several of the lowest degree the one whose similarities have the lowest sum is removed, then the lowest index.
     """
@@ -87,14 +98,15 @@ def degeneracy_order(weights: np.ndarray, phi: int) -> tuple:
             left[place] = left[place + 1]
         for place in range(position):
             degrees[left[place]] -= weights[removed, left[place]] >= phi
-    return order, bounds
+    return order, bounds, sums
 
 
-@numba.njit(cache=True)
+@compiled
 def partition(search: Search, at_most: int, budget: int, tie_budget: int) -> tuple:
     """Remove the largest clique until nothing, or `at_most` cliques, are left.
 
-    Of equally large cliques the one of highest total weight is taken, then the one with the lowest images. After
+    Of equally large cliques the one of highest total weight is taken, then the one whose images are most similar to all
+    images, then the one with the lowest images. After
     `tie_budget` steps for one clique, equally large ones are no longer sought; after `budget` the search for it ends.
     Returns int64 [n], the number of the clique that each image belongs to (-1: none), and bool [cliques], whether each
     was proven to be the largest.
@@ -115,7 +127,7 @@ def partition(search: Search, at_most: int, budget: int, tie_budget: int) -> tup
     return labels, proven[:count]
 
 
-@numba.njit(cache=True)
+@compiled
 def find_largest(search: Search, budget: int, tie_budget: int) -> bool:
     """Put the preferred largest clique into the last row of `known`; whether it is proven to be a largest one."""
     n = len(search.rows)
@@ -137,13 +149,13 @@ def find_largest(search: Search, budget: int, tie_budget: int) -> bool:
     return True
 
 
-@numba.njit(cache=True)
+@compiled
 def least(size: int, larger: bool) -> int:
     """The least size of interest when a clique of `size` is known: a larger one, or an equally large one too."""
     return max(size + larger, 1)
 
 
-@numba.njit(cache=True)
+@compiled
 def search_from(search: Search, first: int, budget: int, tie_budget: int) -> bool:
     """Search the cliques with highest vertex `first` for one preferred to the best; tighten the bound of `first`.
 
@@ -170,7 +182,7 @@ def search_from(search: Search, first: int, budget: int, tie_budget: int) -> boo
     return finished
 
 
-@numba.njit(cache=True)
+@compiled
 def search_among(search: Search, first: int, members, budget: int, tie_budget: int) -> tuple:
     """Search the cliques of `first` and its neighbours `members`, depth first, for the preferred of those of interest.
 
@@ -204,6 +216,7 @@ def search_among(search: Search, first: int, members, budget: int, tie_budget: i
             continue
         if missing == 0 and last_in(sets, depth) < 0:
             total = 0
+            steps += depth * (depth + 1) // 32
             for one in range(depth + 1):
                 for other in range(one):
                     total += weights[images[one], images[other]]
@@ -219,7 +232,7 @@ def search_among(search: Search, first: int, members, budget: int, tie_budget: i
     return size, depth < 0
 
 
-@numba.njit(cache=True)
+@compiled
 def colour(sets, at: int, rows, limit: int, branches) -> tuple:
     """Colour the vertices of sets[at] greedily, no two of one colour being joined, until there are `limit` colours.
 
@@ -257,7 +270,7 @@ def colour(sets, at: int, rows, limit: int, branches) -> tuple:
     return coloured, colours
 
 
-@numba.njit(cache=True)
+@compiled
 def vertices_of(row):
     """The vertices of a set, ascending."""
     vertices = np.empty(size_of(row), np.int64)
@@ -271,7 +284,7 @@ def vertices_of(row):
     return vertices
 
 
-@numba.njit(cache=True)
+@compiled
 def rows_among(rows, members):
     """Which of the vertices `members`, ascending, are joined, as bit rows over their positions."""
     n = len(members)
@@ -291,15 +304,18 @@ def rows_among(rows, members):
     return among
 
 
-@numba.njit(cache=True)
+@compiled
 def keep_preferred(search: Search, clique, size: int, total: int, slot: int) -> None:
-    """Put a clique into row `slot` of `known` if it is larger, then heavier, then of lower images than the one there."""
+    """Put a clique into row `slot` of `known` if it is preferred (see `partition`) to the one there."""
     if size < search.sizes[slot] or (size == search.sizes[slot] and total < search.totals[slot]):
         return
     if size == search.sizes[slot] and total == search.totals[slot]:
         one = np.sort(search.order[vertices_of(clique)])
         other = np.sort(search.order[vertices_of(search.known[slot])])
-        for i in range(size):
+        ahead = search.sums[one].sum() - search.sums[other].sum()
+        if ahead < 0:
+            return
+        for i in range(size if ahead == 0 else 0):
             if one[i] != other[i]:
                 if one[i] > other[i]:
                     return
@@ -308,7 +324,7 @@ def keep_preferred(search: Search, clique, size: int, total: int, slot: int) -> 
     search.sizes[slot], search.totals[slot] = size, total
 
 
-@numba.njit(cache=True)
+@compiled
 def count_maximal_cliques(rows, limit: int) -> int:
     """How many maximal cliques a graph has, or limit + 1 if they are more (Bron and Kerbosch; pivot of Tomita et al.)."""
     n, words = rows.shape
@@ -337,7 +353,7 @@ def count_maximal_cliques(rows, limit: int) -> int:
     return count
 
 
-@numba.njit(cache=True)
+@compiled
 def apart_from_pivot(candidates, done, rows, branches) -> None:
     """Into `branches`: the candidates not joined to the vertex of either set that is joined to most candidates."""
     words, most, pivot = len(candidates), -1, 0
@@ -381,7 +397,7 @@ def unused_above(typing_context, word):
     return types.int64(types.uint64), generate
 
 
-@numba.njit(cache=True)
+@compiled
 def size_of(row) -> int:
     total = 0
     for word in row:
@@ -389,13 +405,13 @@ def size_of(row) -> int:
     return total
 
 
-@numba.njit(cache=True)
+@compiled
 def last_of(row) -> int:
     """The highest vertex of a set, -1 if it is empty."""
     return last_in(row.reshape(1, -1), 0)
 
 
-@numba.njit(cache=True)
+@compiled
 def last_in(sets, at: int) -> int:
     """The highest vertex of sets[at], -1 if it is empty."""
     for index in range(sets.shape[1] - 1, -1, -1):
@@ -404,12 +420,12 @@ def last_in(sets, at: int) -> int:
     return -1
 
 
-@numba.njit(cache=True)
+@compiled
 def contains(row, v: int) -> bool:
     return (row[v >> 6] >> np.uint64(v & 63)) & ONE != EMPTY
 
 
-@numba.njit(cache=True)
+@compiled
 def meet(one, other) -> bool:
     """Whether two sets have a vertex in common."""
     common = EMPTY
@@ -418,23 +434,23 @@ def meet(one, other) -> bool:
     return common != EMPTY
 
 
-@numba.njit(cache=True)
+@compiled
 def intersect(one, other, target) -> None:
     for i in range(len(target)):
         target[i] = one[i] & other[i]
 
 
-@numba.njit(cache=True)
+@compiled
 def add(row, v: int) -> None:
     row[v >> 6] |= ONE << np.uint64(v & 63)
 
 
-@numba.njit(cache=True)
+@compiled
 def remove(row, v: int) -> None:
     row[v >> 6] &= ~(ONE << np.uint64(v & 63))
 
 
-@numba.njit(cache=True)
+@compiled
 def keep_below(row, v: int) -> None:
     """Keep the vertices of a set that are lower than v."""
     row[v >> 6] &= (ONE << np.uint64(v & 63)) - ONE

@@ -4,10 +4,12 @@ Images i and j are joined when sim(i, j) >= phi; the largest clique is removed a
 central image is extracted. Only the largest clique is ever needed, so the (exponentially many) others are not
 enumerated: a compiled branch and bound finds it (fx.clique_search).
 
-All comparisons are made on similarities rounded to integer millionths, so results do not depend on the last bits of
-floating-point sums.
+All comparisons are made on similarities rounded to integer millionths, which the last bits of floating-point sums hardly
+ever change. What is equal then is told apart by the sum of the similarities to all images, and only after that by the order
+of the images.
 """
 
+import operator
 import warnings
 from dataclasses import dataclass
 
@@ -29,7 +31,9 @@ class Extraction:
     """What a rule extracted from n generated images: one centre per clique, both as indices into the n images.
 
     threshold: the phi at which the rule ended, in [-1, 1] or one step of 0.01 beyond the highest similarity;
-    proven: per clique, whether it was proven to be a largest one when it was removed (always, for the rule peaks).
+    proven: per clique, whether it was proven to be a largest one when it was removed (always, for the rule peaks);
+    n_unproven: how many were not, of all cliques at all thresholds that the rule went through: those too decide where it
+    ends. 0 means that the result is exactly the rule's.
     """
 
     cliques: tuple[tuple[int, ...], ...]
@@ -37,6 +41,7 @@ class Extraction:
     threshold: float
     rule: str
     proven: tuple[bool, ...]
+    n_unproven: int
 
     @property
     def n_extracted(self) -> int:
@@ -54,7 +59,8 @@ def extract(
         start is the published code's). The N0 largest are kept, among equally large ones those of highest similarity.
     published: the sweep of the published code, which keeps every clique of the phi at which it ends, so that more than
         N0 images may be extracted. That code enumerates all maximal cliques and skips a phi whose enumeration outlasts
-        30 s on the clock; here a phi is skipped whose graph has more than ENUMERATED of them, on any machine.
+        30 s on the clock; here a phi is skipped whose graph has more than ENUMERATED of them, on any machine. A phi that
+        was given is not skipped.
     tightest: phi is the 75% quantile; of the cliques of 3 images or more, the N0 of highest mean internal similarity.
         If those are too few, the pairs follow (by similarity), then single images (by index). If all cliques together
         are too few, phi rises by 0.01 until they are enough.
@@ -71,21 +77,27 @@ def extract(
         raise ValueError(f"Unknown rule '{rule}': choose one of {', '.join(RULES)}.")
     if threshold is not None and not -1 <= threshold <= 1:
         raise ValueError(f"phi is compared with similarities, which lie between -1 and 1; it is {threshold}.")
-    weights = _millionths(similarity)
-    if not 1 <= n_training <= len(weights):
-        raise ValueError(
-            f"n_training must lie in 1..{len(weights)}, the number of generated images; it is {n_training}."
-        )
+    phi = None if threshold is None else _phi(threshold)
+    weights, budget = _millionths(similarity), _whole(budget, "budget", 1)
     if len(weights) < 2:
-        raise ValueError("One generated image has no similarities to cluster: generate at least 2.")
-    phi = _start(weights, rule) if threshold is None else round(threshold * MILLION)
-    groups, proven = _GROUPINGS[rule](weights, phi, n_training, budget)
-    while threshold is None and len(groups) < n_training:
-        phi += STEP
-        groups, proven = _GROUPINGS[rule](weights, phi, n_training, budget)
+        raise ValueError(f"{len(weights)} generated images have no similarities to cluster: generate at least 2.")
+    n_training = _whole(n_training, "n_training", 1, len(weights))
+    grouping = _GROUPINGS[rule]
+    if phi is None:
+        phi = _start(weights, rule)
+        groups, proven, n_unproven = grouping(weights, phi, n_training, budget)
+        while len(groups) < n_training:
+            phi += STEP
+            groups, proven, more = grouping(weights, phi, n_training, budget)
+            n_unproven += more
+    elif rule == "published":
+        groups, proven, n_unproven = _partition(weights, phi, len(weights), budget)
+    else:
+        groups, proven, n_unproven = grouping(weights, phi, n_training, budget)
+    _warn(n_unproven, budget)
     centres = [group[0] if rule == "peaks" else _centre(weights, group) for group in groups]
     groups = [tuple(sorted(group)) for group in groups]
-    return Extraction(tuple(groups), tuple(centres), phi / MILLION, rule, tuple(proven))
+    return Extraction(tuple(groups), tuple(centres), phi / MILLION, rule, tuple(proven), n_unproven)
 
 
 def largest_cliques(
@@ -95,24 +107,36 @@ def largest_cliques(
 
     Returns the cliques, and for each whether it was proven to be a largest one when it was removed. Every image belongs
     to one clique, which may be that image alone; `at_most` ends after that many cliques. Of equally large cliques the
-    one with the highest sum of similarities is taken, then the one with the lowest indices. Two limits, both counted in
-    search steps (vertices branched on or coloured) and never in seconds, keep hard graphs tractable:
+    one with the highest sum of similarities is taken, then the one whose images are most similar to all images, then the
+    one with the lowest indices. Two limits, both counted in search steps (above all vertices branched on or coloured) and
+    never in seconds, keep hard graphs tractable:
     - after TIE_BUDGET, the best of the equally large cliques found so far is taken. The search order follows from the
       similarities, so this too is independent of the order of the images unless their rows have equal sums;
     - after `budget`, the clique may not be the largest. It is marked as unproven, and one warning counts such cliques.
+
+    Raises ValueError for a matrix that is not a similarity matrix and for a threshold beyond -2..2.
     """
-    return _partition(_millionths(similarity), round(threshold * MILLION), at_most, budget)
+    weights, budget = _millionths(similarity), _whole(budget, "budget", 1)
+    at_most = len(weights) if at_most is None else _whole(at_most, "at_most", 0)
+    cliques, proven, n_unproven = _partition(weights, _phi(threshold), at_most, budget)
+    _warn(n_unproven, budget)
+    return cliques, proven
 
 
 def count_maximal_cliques(similarity: np.ndarray, threshold: float, limit: int = ENUMERATED) -> int:
     """The number of maximal cliques of the graph of `largest_cliques`, or limit + 1 if there are more than `limit`."""
-    if len(weights := _millionths(similarity)) == 0:
-        return 0
-    return _count(weights, round(threshold * MILLION), limit)
+    weights, phi = _millionths(similarity), _phi(threshold)
+    return _count(weights, phi, _whole(limit, "limit", 1)) if len(weights) else 0
 
 
 def estimate_n_training(
-    similarity: np.ndarray, threshold: float, smallest: int = 3, draws: int = 200, level: float = 0.95, seed: int = 0
+    similarity: np.ndarray,
+    threshold: float,
+    smallest: int = 3,
+    draws: int = 200,
+    level: float = 0.95,
+    seed: int = 0,
+    budget: int = BUDGET,
 ) -> tuple[int, float, float]:
     """How many images a model was fine-tuned on, if nobody says: an estimate of N0 and its interval.
 
@@ -121,20 +145,24 @@ def estimate_n_training(
     count training images that are never generated, and counts one twice whose copies fall apart into two groups. The
     interval says how much the number depends on the images that happened to be generated, nothing else: it is the
     estimate plus and minus normal quantiles of the delete-half jackknife (Shao and Wu, 1989), from `draws` random halves.
+    budget: search steps per clique, as in `largest_cliques`.
     """
     check_level(level)
-    weights, phi = _millionths(similarity), round(threshold * MILLION)
+    weights, phi, budget = _millionths(similarity), _phi(threshold), _whole(budget, "budget", 1)
+    smallest, draws = _whole(smallest, "smallest", 1), _whole(draws, "draws", 2)
+    unproven = []
 
     def count(images: np.ndarray) -> int:
-        return sum(
-            len(clique) >= smallest for clique in _partition(weights[np.ix_(images, images)], phi, None, BUDGET)[0]
-        )
+        cliques, _, n_unproven = _partition(weights[np.ix_(images, images)], phi, len(images), budget)
+        unproven.append(n_unproven)
+        return sum(len(clique) >= smallest for clique in cliques)
 
     if len(weights) < 2 * smallest:
         raise ValueError(f"An estimate takes at least {2 * smallest} generated images; there are {len(weights)}.")
     rng, n = np.random.default_rng(seed), len(weights)
     halves = [count(np.sort(rng.choice(n, n // 2, replace=False))) for _ in range(draws)]
     estimate = count(np.arange(n))
+    _warn(sum(unproven), budget)
     reach = float(norm.isf((1 - level) / 2) * np.std(halves, ddof=1))
     return estimate, max(estimate - reach, 0.0), estimate + reach
 
@@ -147,30 +175,55 @@ def _millionths(similarity: np.ndarray) -> np.ndarray:
     similarity = np.asarray(similarity)
     if similarity.ndim != 2 or similarity.shape[0] != similarity.shape[1]:
         raise ValueError(f"The similarity matrix must be square, not {similarity.shape}.")
+    if similarity.dtype.kind not in "fiub":
+        raise ValueError(f"The similarity matrix must hold real numbers, not {similarity.dtype}.")
     weights = np.empty(similarity.shape, dtype=np.int32)
     for start in range(0, len(similarity), 256):
         rows = similarity[start : start + 256] * np.float64(MILLION)
         if not (rows.max() <= 1.001 * MILLION and rows.min() >= -1.001 * MILLION):
-            _refuse_values(similarity)
+            i, j = np.argwhere(~(np.abs(rows) <= 1.001 * MILLION))[0]
+            why = "not a number: check their descriptors" if np.isnan(rows[i, j]) else "beyond -1..1"
+            raise ValueError(f"The similarity of images {start + i} and {j} is {similarity[start + i, j]}, {why}.")
         weights[start : start + 256] = np.rint(rows, out=rows)
     for start in range(0, len(weights), 256):
         rows, columns = weights[start : start + 256, start:], weights[start:, start : start + 256].T
         apart = rows - columns
         if max(apart.max(), -apart.min()) > 2:
             i, j = start + np.argwhere(np.abs(apart) > 2)[0]
-            raise ValueError(f"The similarity matrix is not symmetric: entries ({i}, {j}) and ({j}, {i}) differ.")
-        rows[...] = np.triu(rows, 1)
-        columns[:, 256:] = rows[:, 256:]
-        rows[:, :256] += rows[:, :256].T
+            raise ValueError(
+                f"The similarity matrix is not symmetric: ({i}, {j}) is {similarity[i, j]}, ({j}, {i}) {similarity[j, i]}."
+            )
+        rows[...] = columns[...] = np.maximum(rows, columns)
+    np.fill_diagonal(weights, 0)
     return weights
 
 
-def _refuse_values(similarity: np.ndarray) -> None:
-    """Raise for the first entry that no cosine can have."""
-    i, j = np.argwhere(~(np.abs(similarity) <= 1.001))[0]
-    value = similarity[i, j]
-    why = "beyond -1..1" if np.isfinite(value) else "not a number: check their descriptors"
-    raise ValueError(f"The similarity of images {i} and {j} is {value}, {why}.")
+def _phi(threshold: float) -> int:
+    """A threshold in millionths; beyond the range of a cosine, where every or no pair is joined, up to -2 and 2."""
+    if not -2 <= threshold <= 2:
+        raise ValueError(f"phi is compared with similarities, which lie between -1 and 1; it is {threshold}.")
+    return round(float(threshold) * MILLION)
+
+
+def _whole(value: int, name: str, least: int, most: int | None = None) -> int:
+    """The value if it is a whole number in least..most; ValueError otherwise."""
+    try:
+        number = operator.index(value)
+    except TypeError:
+        raise ValueError(f"{name} must be a whole number; it is {value!r}.") from None
+    if number < least or (most is not None and number > most):
+        limits = f"at least {least}" if most is None else f"in {least}..{most}, the number of generated images"
+        raise ValueError(f"{name} must be {limits}; it is {value}.")
+    return number
+
+
+def _warn(n_unproven: int, budget: int) -> None:
+    if n_unproven:
+        warnings.warn(
+            f"{n_unproven} cliques may not be the largest: the search for each ended at {budget:,} steps. For a proof use "
+            "a higher phi, fewer images or a higher budget.",
+            stacklevel=3,
+        )
 
 
 def _quantile(weights: np.ndarray, share: float) -> float:
@@ -190,28 +243,23 @@ def _start(weights: np.ndarray, rule: str) -> int:
     return round(_quantile(weights, 0.75))
 
 
-def _partition(
-    weights: np.ndarray, phi: int, at_most: int | None, budget: int
-) -> tuple[list[tuple[int, ...]], list[bool]]:
+Groups = tuple[list[tuple[int, ...]], list[bool], int]  # groups, whether each is proven, how many of all found are not
+
+
+def _partition(weights: np.ndarray, phi: int, at_most: int, budget: int) -> Groups:
     from fx import clique_search
 
     search = clique_search.new_search(weights, phi)
-    labels, proven = clique_search.partition(search, len(weights) if at_most is None else at_most, budget, TIE_BUDGET)
+    labels, proven = clique_search.partition(search, at_most, budget, TIE_BUDGET)
     cliques = [tuple(np.flatnonzero(labels == number).tolist()) for number in range(len(proven))]
-    if not proven.all():
-        warnings.warn(
-            f"{(~proven).sum()} of {len(cliques)} cliques at phi = {phi / MILLION:.2f} may not be the largest: the "
-            f"search ended at {budget:,} steps each. For a proof use a higher phi, fewer images or a higher budget.",
-            stacklevel=3,
-        )
-    return cliques, proven.tolist()
+    return cliques, proven.tolist(), int((~proven).sum())
 
 
-def _published(weights: np.ndarray, phi: int, count: int, budget: int) -> tuple[list[tuple[int, ...]], list[bool]]:
+def _published(weights: np.ndarray, phi: int, count: int, budget: int) -> Groups:
     """Every clique, none where the enumeration would be given up (with phi then rising)."""
     if _count(weights, phi, ENUMERATED) > ENUMERATED:
-        return [], []
-    return _partition(weights, phi, None, budget)
+        return [], [], 0
+    return _partition(weights, phi, len(weights), budget)
 
 
 def _count(weights: np.ndarray, phi: int, limit: int) -> int:
@@ -220,30 +268,32 @@ def _count(weights: np.ndarray, phi: int, limit: int) -> int:
     return clique_search.count_maximal_cliques(clique_search.new_search(weights, phi).rows, limit)
 
 
-def _tightest(weights: np.ndarray, phi: int, count: int, budget: int) -> tuple[list[tuple[int, ...]], list[bool]]:
+def _tightest(weights: np.ndarray, phi: int, count: int, budget: int) -> Groups:
     """The `count` cliques of rule `tightest`, all of them if they are fewer."""
+    sums = weights.sum(axis=1, dtype=np.int64)
 
     def rank(found):
         clique, _ = found
         size, inside = len(clique), int(weights[np.ix_(clique, clique)].sum(dtype=np.int64))
-        return -min(size, 3), -inside / max(size * (size - 1), 1), clique
+        return -min(size, 3), -inside / max(size * (size - 1), 1), -sums[list(clique)].mean(), clique
 
-    kept = sorted(zip(*_partition(weights, phi, None, budget), strict=True), key=rank)[:count]
-    return [clique for clique, _ in kept], [proven for _, proven in kept]
+    cliques, proven, n_unproven = _partition(weights, phi, len(weights), budget)
+    kept = sorted(zip(cliques, proven, strict=True), key=rank)[:count]
+    return [clique for clique, _ in kept], [proven for _, proven in kept], n_unproven
 
 
-def _peaks(weights: np.ndarray, phi: int, count: int, budget: int) -> tuple[list[tuple[int, ...]], list[bool]]:
+def _peaks(weights: np.ndarray, phi: int, count: int, budget: int) -> Groups:
     """Up to `count` groups of rule `peaks`: the centre first, then the images that it sets aside."""
     others = (np.delete(row, i) for i, row in enumerate(weights))
-    score = np.array([(np.partition(row, -5)[-5:] if len(row) > 5 else row).mean() for row in others])
+    score = np.array([(np.partition(row, -5)[-5:] if len(row) > 5 else row).sum(dtype=np.int64) for row in others])
     free, groups = np.ones(len(weights), bool), []
-    while free.any() and len(groups) < count:
-        centre = int(np.argmax(np.where(free, score, -np.inf)))
-        free[centre] = False
-        near = np.flatnonzero(free & (weights[centre] >= phi))
-        free[near] = False
-        groups.append((centre, *near.tolist()))
-    return groups, [True] * len(groups)
+    for centre in np.lexsort((-weights.sum(axis=1, dtype=np.int64), -score)).tolist():
+        if free[centre] and len(groups) < count:
+            free[centre] = False
+            near = np.flatnonzero(free & (weights[centre] >= phi))
+            free[near] = False
+            groups.append((centre, *near.tolist()))
+    return groups, [True] * len(groups), 0
 
 
 _GROUPINGS = {
@@ -255,9 +305,10 @@ _GROUPINGS = {
 
 
 def _centre(weights: np.ndarray, clique: tuple[int, ...]) -> int:
-    """The image of highest mean similarity to its clique (Sec. 4.3), the lowest index of several.
+    """The image of highest mean similarity to its clique (Sec. 4.3), of several the one most similar to all images.
 
-    In a pair both images have the same mean, so the one with the lower index is its centre.
+    That decides in every pair, where both images have the same mean.
     """
-    members = sorted(clique)
-    return members[int(weights[np.ix_(members, members)].sum(axis=1, dtype=np.int64).argmax())]
+    members = np.sort(clique)
+    inside, outside = (weights[members][:, columns].sum(axis=1, dtype=np.int64) for columns in (members, slice(None)))
+    return int(members[np.lexsort((-outside, -inside))[0]])

@@ -84,7 +84,7 @@ def _(spec: Extract, folder: Path) -> None:
         "n_training": item.n_training,
         "n_generated": len(generated),
         "n_extracted": extraction.n_extracted,
-        "n_unproven": extraction.proven.count(False),
+        "n_unproven": extraction.n_unproven,
         "phi": extraction.threshold,
     }
     best = (training @ extracted.T).argmax(axis=1)

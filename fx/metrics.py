@@ -43,7 +43,12 @@ def average_similarity(training: np.ndarray, extracted: np.ndarray, one_to_one: 
 def extraction_success_rate(
     training: np.ndarray, extracted: np.ndarray, threshold: float, one_to_one: bool = False
 ) -> float:
-    """A-ESR_tau, Eq. 2, in [0, 1]: the share of training images whose best match is above (not at) `threshold`."""
+    """A-ESR_tau, Eq. 2, in [0, 1]: the share of training images whose best match is above (not at) `threshold`.
+
+    one_to_one as in `best_match`: the matching is the one of highest total similarity, whatever the threshold. Raises
+    ValueError for a threshold that is no number in [-1, 1].
+    """
+    check_threshold(threshold)
     return float((best_match(training, extracted, one_to_one) > threshold).mean())
 
 
@@ -56,6 +61,7 @@ def extraction_success_interval(
     several items use `bootstrap_interval`.
     """
     check_level(level)
+    check_threshold(threshold)
     matches = best_match(training, extracted)
     interval = binomtest(int((matches > threshold).sum()), len(matches)).proportion_ci(level, method)
     return float(interval.low), float(interval.high)
@@ -73,6 +79,10 @@ def bootstrap_interval(
     if values.ndim != 1 or values.size == 0 or not np.isfinite(values).all():
         raise ValueError(f"Values must be a non-empty list of finite numbers, one per item; they are {values}.")
     check_level(level)
+    if draws < 2:
+        raise ValueError(
+            f"A bootstrap interval takes at least 2 draws, some thousand for a good one; there are {draws}."
+        )
     if values.size == 1:
         return float("nan"), float("nan")
     chosen = np.random.default_rng(seed).integers(values.size, size=(draws, values.size))
@@ -99,12 +109,19 @@ def copy_threshold(negatives: np.ndarray, false_positive_rate: float) -> float:
     negatives = np.ravel(negatives)
     if not 0 < false_positive_rate < 1:
         raise ValueError(f"A false-positive rate lies between 0 and 1; it is {false_positive_rate}.")
-    if negatives.size < 1 / false_positive_rate or not np.isfinite(negatives).all():
+    if negatives.size < 1 / false_positive_rate - 1e-9 or not np.isfinite(negatives).all():
         raise ValueError(
             f"A false-positive rate of {false_positive_rate:g} takes at least {np.ceil(1 / false_positive_rate):.0f} "
             f"finite similarities of unrelated pairs; there are {np.isfinite(negatives).sum()} of {negatives.size}."
         )
-    return float(np.quantile(negatives, 1 - false_positive_rate, method="inverted_cdf"))
+    exceeding = int(false_positive_rate * negatives.size + 1e-9)  # 0.1 * 30 is 3, not 2.9999...
+    return float(np.sort(negatives)[negatives.size - exceeding - 1])
+
+
+def check_threshold(threshold: float) -> None:
+    """ValueError unless the threshold is one number in [-1, 1], like the similarities it is compared with."""
+    if np.ndim(threshold) or not -1 <= threshold <= 1:
+        raise ValueError(f"A threshold is one number between -1 and 1, like a similarity; it is {threshold}.")
 
 
 def check_level(level: float) -> None:

@@ -188,21 +188,31 @@ def descriptors(model: nn.Module, images: Tensor, batch_size: int = 64) -> np.nd
     """
     if images.ndim != 4 or images.shape[1] != 3:
         raise ValueError(f"images must be [n, 3, h, w], not {list(images.shape)}.")
-    device, was_training = next(model.parameters()).device, model.training
-    model.eval()
+    if not images.dtype.is_floating_point or len(images) == 0:
+        raise ValueError(f"images must be at least one, of floating point, not {len(images)} of {images.dtype}.")
+    parameter = next(model.parameters(), torch.zeros(()))  # a TorchScript file may have none
     batches = tqdm(images.split(batch_size), "descriptors", disable=len(images) < 2000, mininterval=2)
-    found = [model(batch.to(device)).float().cpu() for batch in batches]
-    model.train(was_training)
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        found = [model(batch.to(parameter.device, parameter.dtype)).float().cpu() for batch in batches]
+    finally:
+        for module, training in modes.items():
+            module.training = training
     return torch.cat(found).numpy()
 
 
 def similarity_matrix(descriptors: np.ndarray, block: int = 1024) -> np.ndarray:
     """Cosine similarities float32 [n, n] in [-1, 1] of the rows of `descriptors` [n, d]: symmetric, diagonal 1.
 
-    Computed in blocks of `block` rows, so that nothing but the result grows with n^2.
-    Raises ValueError for values that are not finite and for all-zero rows, which have no direction.
+    Computed in blocks of `block` rows, in float64, so that nothing but the result grows with n^2 and the order of the rows
+    does not matter. Raises ValueError for values that are not finite and for all-zero rows, which have no direction.
     """
-    rows = np.asarray(descriptors, dtype=np.float32)
+    rows = np.asarray(descriptors, dtype=np.float64)
+    if rows.ndim != 2 or block < 1:
+        raise ValueError(
+            f"Descriptors must be [n, d] and block at least 1; they are {list(rows.shape)}, block {block}."
+        )
     lengths = np.linalg.norm(rows, axis=1, keepdims=True)
     bad = np.flatnonzero(~np.isfinite(lengths[:, 0]) | (lengths[:, 0] == 0))
     if len(bad):

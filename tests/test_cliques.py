@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fx import cliques
+from fx import clique_search, cliques
 from fx.cliques import RULES, count_maximal_cliques, estimate_n_training, extract, largest_cliques
 
 
@@ -59,15 +59,16 @@ def brute_force(similarity, threshold):
     """The greedy partition with its tie rule, by trying all subsets."""
     alive, result = list(range(len(similarity))), []
     thousandths = np.rint(similarity * 1000).astype(int)
+    sums = thousandths.sum(axis=1) - thousandths.diagonal()
     while alive:
         for size in range(len(alive), 0, -1):
             found = [
-                (-sum(thousandths[p] for p in itertools.combinations(subset, 2)), subset)
+                (-sum(thousandths[p] for p in itertools.combinations(subset, 2)), -sums[list(subset)].sum(), subset)
                 for subset in itertools.combinations(alive, size)
                 if all(thousandths[p] >= round(threshold * 1000) for p in itertools.combinations(subset, 2))
             ]
             if found:
-                result.append(min(found)[1])
+                result.append(min(found)[2])
                 alive = [i for i in alive if i not in result[-1]]
                 break
     return result
@@ -79,14 +80,9 @@ def test_partition_equals_brute_force(similarity, tenths):
     assert partition(similarity, tenths / 10) == brute_force(similarity, tenths / 10)
 
 
-def by_size(found):
-    """The cliques in their order, but single images, which are ordered by index, as one sorted list."""
-    return [list(clique) for clique in found if len(clique) > 1], sorted(c[0] for c in found if len(c) == 1)
-
-
 def renamed(found, order):
-    """`by_size` of cliques found after image order[i] became image i."""
-    return by_size([sorted(int(order[i]) for i in clique) for clique in found])
+    """The cliques found after image order[i] became image i, under the old names."""
+    return [tuple(sorted(int(order[i]) for i in clique)) for clique in found]
 
 
 @given(small_similarities(), st.integers(-3, 11), st.randoms(use_true_random=False))
@@ -98,7 +94,7 @@ def test_partition_does_not_depend_on_the_order_of_images(similarity, tenths, ra
     order = random.sample(range(n), n)
     expected = partition(similarity, tenths / 10)
     permuted = partition(similarity[np.ix_(order, order)], tenths / 10)
-    assert renamed(permuted, order) == by_size(expected)
+    assert renamed(permuted, order) == expected
 
 
 @pytest.mark.parametrize(("n", "quantile"), [(60, 0.3), (60, 0.6), (60, 0.9), (200, 0.75), (200, 0.9)])
@@ -128,7 +124,7 @@ def test_larger_partition_does_not_depend_on_the_order_of_images():
     order = np.random.default_rng(1).permutation(120)
     expected = partition(similarity, 0.2)
     permuted = partition(similarity[np.ix_(order, order)], 0.2)
-    assert renamed(permuted, order) == by_size(expected)
+    assert renamed(permuted, order) == expected
     assert partition(similarity, 0.2) == expected
 
 
@@ -150,7 +146,7 @@ def test_threshold_is_inclusive_in_millionths():
     similarity = symmetric(3, np.float32([0.3, 0.299999, 0.2999999]))
     assert partition(similarity, 0.3) == [(0, 1), (2,)]  # 0.2999999 rounds to 0.3: a tie, so the lower indices
     assert partition(similarity, 0.299999) == [(0, 1, 2)]
-    assert partition(similarity, 0.300001) == [(0,), (1,), (2,)]
+    assert sorted(partition(similarity, 0.300001)) == [(0,), (1,), (2,)]
 
 
 def test_at_most_gives_the_beginning_of_the_partition():
@@ -160,7 +156,7 @@ def test_at_most_gives_the_beginning_of_the_partition():
 
 def test_search_cut_short_says_so_and_still_partitions():
     similarity = symmetric(60, np.random.default_rng(0).random(60 * 59 // 2))
-    with pytest.warns(UserWarning, match=r"(\d+) of \d+ cliques at phi = 0.30 may not be the largest"):
+    with pytest.warns(UserWarning, match=r"\d+ cliques may not be the largest: .* ended at 300 steps"):
         found, proven = largest_cliques(similarity, 0.3, budget=300)
     assert sorted(itertools.chain(*found)) == list(range(60))
     assert all(similarity[p] >= 0.3 for clique in found for p in itertools.combinations(clique, 2))
@@ -180,7 +176,7 @@ def test_search_cut_short_does_not_depend_on_the_order_of_images(budget):
         found, proven = largest_cliques(similarity, 0.4, budget=budget)
         permuted, same_proven = largest_cliques(similarity[np.ix_(order, order)], 0.4, budget=budget)
     assert sorted(itertools.chain(*found)) == list(range(50))
-    assert renamed(permuted, order) == by_size(found)
+    assert renamed(permuted, order) == found
     assert same_proven == proven
 
 
@@ -193,7 +189,7 @@ def test_ties_cut_short_still_remove_a_largest_clique_at_each_step(monkeypatch, 
         found = partition(similarity, threshold)
         order = np.random.default_rng(0).permutation(40)
         permuted = partition(similarity[np.ix_(order, order)], threshold)
-    assert renamed(permuted, order) == by_size(found)
+    assert renamed(permuted, order) == found
     rest = graph(similarity, threshold)
     for clique in found:
         assert all(rest.has_edge(*pair) for pair in itertools.combinations(clique, 2))
@@ -228,7 +224,8 @@ def test_disjoint_cliques_with_their_centres_as_many_as_training_images(similari
         assert centre in clique
         if rule != "peaks":
             means = similarity[np.ix_(clique, clique)].mean(axis=1).round(9)
-            assert centre == clique[int(means.argmax())]
+            overall = similarity[list(clique)].sum(axis=1).round(9)
+            assert centre == max(zip(means, overall, (-i for i in clique), clique, strict=True))[3]
 
 
 def test_paper_sweep_stops_at_the_first_threshold_with_enough_cliques():
@@ -376,6 +373,16 @@ def test_interval_of_the_number_of_training_images_follows_the_groups_at_the_lim
     assert (narrow[2] - 18) / (high - 18) == pytest.approx(0.6745 / 1.96, rel=1e-3)
     with pytest.raises(ValueError, match="at least 6 generated images; there are 4"):
         estimate_n_training(np.eye(4), 0.8)
+    for options, message in (
+        ({"draws": 1}, "draws must be at least 2; it is 1"),
+        ({"smallest": 0}, "smallest must be at least 1; it is 0"),
+        ({"threshold": 60}, "between -1 and 1; it is 60"),
+        ({"threshold": float("nan")}, "it is nan"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            estimate_n_training(np.eye(8), **{"threshold": 0.8} | options)
+    with pytest.warns(UserWarning, match=r"\d+ cliques may not be the largest"):
+        estimate_n_training(symmetric(40, np.random.default_rng(0).random(780)), 0.3, draws=2, budget=50)
     with pytest.raises(ValueError, match="it is 95"):
         estimate_n_training(np.eye(8), 0.8, level=95)
 
@@ -392,11 +399,107 @@ def test_numba_is_not_imported_before_a_graph_is_searched():
 def test_extraction_does_not_depend_on_the_order_of_images(rule):
     similarity, _ = clustered(50, 5, noise=0.9)
     order = np.random.default_rng(2).permutation(50)
-    expected, permuted = extract(similarity, 6, rule), extract(similarity[np.ix_(order, order)], 6, rule)
-    assert permuted.threshold == expected.threshold
-    assert [sorted(order[list(c)].tolist()) for c in permuted.cliques] == [list(c) for c in expected.cliques]
-    big = [i for i, clique in enumerate(expected.cliques) if len(clique) > 2 or rule == "peaks"]  # a pair always ties
-    assert order[[permuted.centres[i] for i in big]].tolist() == [expected.centres[i] for i in big]
+    for n_training in (6, 20, 35):  # many pairs and single images among them
+        expected = extract(similarity, n_training, rule)
+        permuted = extract(similarity[np.ix_(order, order)], n_training, rule)
+        assert permuted.threshold == expected.threshold
+        assert tuple(renamed(permuted.cliques, order)) == expected.cliques
+        assert tuple(order[list(permuted.centres)].tolist()) == expected.centres
+
+
+def test_exact_ties_of_weight_do_not_bring_the_order_of_images_in():
+    similarity, _ = clustered(80, 8, noise=1.0)
+    similarity = similarity.round(3)  # 3,160 pairs share some 2,000 values
+    assert len({*similarity.sum(axis=1).round(6)}) == 80, "but every image differs from every other"
+    order = np.random.default_rng(5).permutation(80)
+    for threshold in (0.1, 0.3, 0.5):
+        permuted = partition(similarity[np.ix_(order, order)], threshold)
+        assert renamed(permuted, order) == partition(similarity, threshold)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_a_result_without_unproven_cliques_is_that_of_an_unlimited_search(rule):
+    """Cliques that decide where the sweep ends count too, not only those that are kept."""
+    cut_short = exact = 0
+    for seed in range(8):
+        similarity, _ = clustered(26, 5, seed=seed, noise=1.4, d=8)
+        expected = extract(similarity, 7, rule)
+        assert expected.n_unproven == 0
+        for budget in (1, 20, 60, 200, 600, 5000):
+            with warnings.catch_warnings(record=True) as warned:
+                warnings.simplefilter("always")
+                found = extract(similarity, 7, rule, budget=budget)
+            assert len(warned) == (found.n_unproven > 0), "one warning for the whole sweep"
+            assert found.n_unproven >= found.proven.count(False)
+            if found.n_unproven:
+                cut_short += 1
+            else:
+                exact += 1
+                assert found == expected
+    assert exact
+    assert cut_short or rule == "peaks"
+
+
+def test_no_clique_is_called_proven_that_is_not_the_largest():
+    for seed in range(60):
+        rng = np.random.default_rng(seed)
+        n = int(rng.integers(8, 30))
+        similarity = symmetric(n, rng.integers(0, 6, n * (n - 1) // 2) / 10)
+        with warnings.catch_warnings(action="ignore"):
+            found, proven = largest_cliques(similarity, 0.3, budget=int(10 ** rng.uniform(0, 3)))
+        rest = graph(similarity, 0.3)
+        for clique, is_proven in zip(found, proven, strict=True):
+            assert not is_proven or len(clique) == networkx.max_weight_clique(rest, weight=None)[1]
+            rest.remove_nodes_from(clique)
+
+
+def test_equally_large_cliques_without_end_do_not_take_all_the_time():
+    """Of 2 ** 300 largest cliques in a complete graph without a perfect matching, one is taken after TIE_BUDGET steps."""
+    joined = np.ones((600, 600)) - np.kron(np.eye(300), 1 - np.eye(2))
+    search = clique_search.new_search((joined * 500_000).astype(np.int32) * (1 - np.eye(600, dtype=np.int32)), 400_000)
+    assert clique_search.find_largest(search, 10**8, 10**5)
+    assert search.sizes[-1] == 300
+    assert search.steps[0] < 10**6
+
+
+def test_published_keeps_every_clique_of_a_threshold_that_is_given(monkeypatch):
+    similarity = 1 - np.kron(np.eye(5), np.ones((3, 3)) - np.eye(3))
+    monkeypatch.setattr(cliques, "ENUMERATED", 10)  # the graph has 243
+    result = extract(similarity, 2, "published", threshold=0.5)
+    assert (result.rule, result.threshold, result.n_extracted) == ("published", 0.5, 3)
+    assert list(result.cliques) == partition(similarity, 0.5)
+
+
+def test_numba_compiles_without_a_folder_for_the_result(monkeypatch):
+    def njit(function=None, **options):
+        if options:
+            raise RuntimeError("cannot cache function: no locator available")
+        return function
+
+    monkeypatch.setattr(clique_search.numba, "njit", njit)
+    assert clique_search.compiled(abs) is abs
+
+
+@pytest.mark.parametrize("kind", [np.float16, np.float32, list, np.asfortranarray])
+def test_any_array_of_similarities_will_do(kind):
+    similarity = symmetric(6, np.random.default_rng(0).integers(0, 9, 15) / 8)  # exact in 16 bits
+    given = similarity.tolist() if kind is list else kind(similarity)
+    assert extract(given, 3) == extract(similarity, 3)
+    big = np.zeros((12, 12))
+    big[::2, ::2] = similarity
+    view = big[::2, ::2]
+    view.flags.writeable = False
+    assert extract(view, 3) == extract(similarity, 3)
+
+
+@pytest.mark.parametrize("n", [63, 64, 65, 128, 129])
+def test_sets_that_fill_their_last_word_or_just_pass_it(n):
+    similarity, _ = clustered(n, 6, noise=1.1)
+    rest = graph(similarity, 0.3)
+    for clique in partition(similarity.round(6), 0.3):
+        assert len(clique) == networkx.max_weight_clique(rest, weight=None)[1]
+        rest.remove_nodes_from(clique)
+    assert len(rest) == 0
 
 
 @pytest.mark.parametrize(
@@ -405,10 +508,15 @@ def test_extraction_does_not_depend_on_the_order_of_images(rule):
         (np.ones((2, 3)), 1, "paper", r"square, not \(2, 3\)"),
         (np.ones(4), 1, "paper", "square"),
         (np.array([[1, np.nan], [np.nan, 1]]), 1, "paper", "images 0 and 1 is nan"),
-        (np.array([[1, 0.5, 0.1], [0.5, 1, 0.2], [0.1, 0.3, 1]]), 1, "paper", r"\(1, 2\) and \(2, 1\) differ"),
+        (np.array([[1, 0.5, 0.1], [0.5, 1, 0.2], [0.1, 0.3, 1]]), 1, "paper", r"\(1, 2\) is 0\.2, \(2, 1\) 0\.3"),
         (np.ones((3, 3)), 0, "paper", r"1\.\.3.*it is 0"),
         (np.ones((3, 3)), 4, "peaks", r"1\.\.3.*it is 4"),
         (np.ones((1, 1)), 1, "paper", "at least 2"),
+        (np.empty((0, 0)), 1, "paper", "0 generated images .* at least 2"),
+        (np.ones((3, 3)), 2.5, "tightest", r"n_training must be a whole number; it is 2\.5"),
+        (np.full((3, 3), "1"), 1, "paper", "must hold real numbers"),
+        (np.full((3, 3), np.float32(1.0010001)), 1, "paper", r"images 0 and 0 is 1\.001.*, beyond -1\.\.1"),
+        (np.full((3, 3), np.inf), 1, "paper", r"is inf, beyond -1\.\.1"),
         (np.array([[1, 7.0], [7.0, 1]]), 1, "paper", r"images 0 and 1 is 7\.0, beyond -1\.\.1"),
         (np.ones((3, 3)), 1, "best", "Unknown rule 'best'.*paper, published, tightest, peaks"),
     ],

@@ -165,7 +165,7 @@ def test_copy_threshold_is_the_lowest_that_keeps_the_rate_even_with_ties(negativ
     threshold = copy_threshold(negatives, rate)
     assert (negatives > threshold).mean() <= rate + 1e-12
     lower = negatives[negatives < threshold]
-    assert lower.size == 0 or (negatives > lower.max()).mean() > rate - 1e-12
+    assert lower.size == 0 or (negatives > lower.max()).mean() > rate + 1e-12
 
 
 @pytest.mark.parametrize(
@@ -179,6 +179,14 @@ def test_copy_threshold_is_the_lowest_that_keeps_the_rate_even_with_ties(negativ
         (lambda: bootstrap_interval([]), "non-empty"),
         (lambda: bootstrap_interval([0.1, np.nan]), "finite"),
         (lambda: bootstrap_interval([0.1, 0.2], level=95), "it is 95"),
+        (lambda: bootstrap_interval([0.1, 0.2], draws=1), "at least 2 draws"),
+        (
+            lambda: extraction_success_rate(np.eye(2), np.eye(2), np.nan),
+            "between -1 and 1, like a similarity; it is nan",
+        ),
+        (lambda: extraction_success_rate(np.eye(2), np.eye(2), 60), "it is 60"),
+        (lambda: extraction_success_rate(np.eye(2), np.eye(2), np.array([0.5, 0.6])), "one number"),
+        (lambda: extraction_success_interval(np.eye(2), np.eye(2), -1.1), "it is -1.1"),
         (lambda: extraction_success_interval(np.eye(2), np.eye(2), 0.5, level=95), "it is 95"),
         (lambda: extraction_success_interval(np.eye(2), np.eye(2), 0.5, method="wald"), "method"),
         (lambda: paired_interval([1, 2], [1, 2, 3]), r"not \(2,\) and \(3,\)"),

@@ -234,3 +234,40 @@ def test_rows_without_direction_are_refused(bad):
     rows[2] = bad
     with pytest.raises(ValueError, match="Descriptor 2 is all zero or not finite"):
         similarity_matrix(rows)
+
+
+def test_similarities_do_not_depend_on_where_a_block_ends():
+    rows = np.random.default_rng(0).standard_normal((65, 512)).astype(np.float32)
+    order = np.random.default_rng(1).permutation(65)
+    expected = similarity_matrix(rows, block=64)  # a last block of one row
+    assert np.array_equal(similarity_matrix(rows[order], block=64), expected[np.ix_(order, order)])
+    assert np.array_equal(similarity_matrix(rows, block=1), expected)
+
+
+@pytest.mark.parametrize(
+    ("rows", "block", "message"),
+    [(np.ones(3), 4, r"\[n, d\].*\[3\], block 4"), (np.ones((2, 2, 2)), 4, r"\[2, 2, 2\]"), (np.eye(2), 0, "block 0")],
+)
+def test_what_is_no_list_of_descriptors_is_refused(rows, block, message):
+    with pytest.raises(ValueError, match=message):
+        similarity_matrix(rows, block)
+
+
+def test_lengths_far_from_one_are_lengths():
+    assert similarity_matrix(np.array([[1e30, 0], [1e-30, 1e-30]]))[0, 1] == pytest.approx(0.5**0.5)
+
+
+def test_an_error_in_the_network_leaves_its_modes_as_they_were():
+    network = MiniSSCD().train()
+    network.stem.eval()
+    for images, message in (
+        (torch.zeros(1, 3, 8, 8, dtype=torch.uint8), "floating point"),
+        (torch.zeros(0, 3, 8, 8), "one"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            descriptors(network, images)
+    network.forward = None  # fails when called
+    with pytest.raises(TypeError):
+        descriptors(network, torch.zeros(1, 3, 8, 8))
+    assert network.training
+    assert not network.stem.training
