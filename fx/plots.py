@@ -135,6 +135,7 @@ def method_drawing(pictures: dict[str, np.ndarray]) -> Figure:
         tiles = pictures[name][:4]
         axes.imshow(np.concatenate([np.concatenate(tiles[:2], axis=1), np.concatenate(tiles[2:], axis=1)]))
         axes.set(xticks=[], yticks=[])
+        axes.spines[:].set_visible(False)
         axes.set_title(titles[name])
     for start, end in (
         ((0.2, 0.7), (0.25, 0.52)),
