@@ -56,7 +56,7 @@ class Search(NamedTuple):
 def new_search(weights: np.ndarray, phi: int) -> Search:
     """The search before any clique is removed, for the graph with an edge where weights [n, n] >= phi."""
     n = len(weights)
-    order, bounds, similar = degeneracy_order(weights, phi)
+    order, bounds, sums = degeneracy_order(weights, phi)
     rows = np.zeros((n, (n + 63) // 64), np.uint64)
     for v in range(n):
         for u in range(v):
@@ -68,7 +68,7 @@ def new_search(weights: np.ndarray, phi: int) -> Search:
         add(alive, v)
     known = np.zeros((n + 1, rows.shape[1]), np.uint64)
     sizes, totals, steps = np.zeros(n + 1, np.int64), np.zeros(n + 1, np.int64), np.zeros(1, np.int64)
-    return Search(rows, alive, weights, similar, order, bounds, known, sizes, totals, steps)
+    return Search(rows, alive, weights, sums, order, bounds, known, sizes, totals, steps)
 
 
 @compiled

@@ -68,6 +68,21 @@ def test_notebook_ends_by_asserting_its_artefacts_and_tells_its_story(path):
     assert path.stat().st_size < 3 * 2**20
 
 
+def test_notebook_03_refuses_more_items_than_there_are_before_any_training(tmp_path, monkeypatch):
+    monkeypatch.setenv("FX_RUNS", str(tmp_path / "runs"))
+    with pytest.raises(
+        papermill.PapermillExecutionError, match="style has 20 reported items: a number from 0 to 20, not 25"
+    ):
+        papermill.execute_notebook(
+            NOTEBOOKS / "03-extraction.ipynb",
+            tmp_path / "03.ipynb",
+            {"artists": 25},
+            cwd=str(NOTEBOOKS),
+            progress_bar=False,
+        )
+    assert not list(tmp_path.rglob("manifest.json"))
+
+
 def test_notebook_12_takes_the_runs_of_notebook_03():
     defaults = [papermill.inspect_notebook(NOTEBOOKS / name) for name in ("03-extraction.ipynb", "12-clustering.ipynb")]
     shared = set(defaults[0]) & set(defaults[1])

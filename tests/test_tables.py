@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from scipy.stats import bootstrap
 
 from fx import tables
-from fx.paths import PAPER
+from fx.paths import PAPER, ROOT, TABLES
 
 
 def scored(n: int = 12, seed: int = 0) -> pd.DataFrame:
@@ -165,3 +165,28 @@ def test_save_writes_what_reads_back_to_six_digits(tmp_path, monkeypatch):
     assert "0.333333," in path.read_text()
     assert tables.save(rows[:1], "table01", "smoke") == path
     assert len(pd.read_csv(path)) == 1
+
+
+def test_the_readme_shows_the_shipped_table_1():
+    table = pd.read_csv(TABLES / "mini/table01.csv").set_index(["dataset", "method", "arm"]).AS
+    apart = (
+        pd.read_csv(TABLES / "mini/table01-differences.csv").query("baseline == 'cfg'").set_index(["dataset", "method"])
+    )
+    names = {"style": "artists", "object": "objects"}, {"dreambooth": "DreamBooth", "lora": "LoRA"}
+    expected = []
+    for key in apart.index:
+        means = [table[(*key, arm)] for arm in ("direct", "cfg", "finextract")]
+        low, high = apart.loc[key, ["low", "high"]]
+        cells = [f"{value:.3f}".lstrip("0") for value in (*means, low, high)]
+        expected.append(
+            f"| {names[0][key[0]]}, {names[1][key[1]]} | {' | '.join(cells[:3])} | {cells[3]} to {cells[4]} |"
+        )
+    found = re.findall(r"^\| (?:artists|objects), .*$", (ROOT / "README.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert found == expected
+
+
+def test_the_readme_shows_the_demo_as_table_1_has_that_item():
+    rows = pd.read_csv(TABLES / "mini/table01-items.csv").query("item == 'style/zazou' and method == 'dreambooth'")
+    columns = ["arm", "AS", "A-ESR_strict", "A-ESR_loose", "n_extracted", "n_generated"]
+    expected = rows[columns].to_string(index=False, float_format="{:.3f}".format)
+    assert expected in (ROOT / "README.md").read_text(encoding="utf-8")
