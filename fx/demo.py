@@ -23,7 +23,7 @@ from fx.similarity import copy_thresholds
 
 # The defaults of notebook 03, per fine-tuning method.
 CHOSEN = {
-    "dreambooth": {"learning_rate": 1.0e-5, "cfg_scale": 3.0, "finextract_scale": 5.0, "correction_scale": 0.0},
+    "dreambooth": {"learning_rate": 1.0e-5, "cfg_scale": 2.0, "finextract_scale": 5.0, "correction_scale": 0.0},
     "lora": {"learning_rate": 2.5e-4, "cfg_scale": 3.0, "finextract_scale": 3.0, "correction_scale": 0.0},
 }
 
@@ -31,7 +31,9 @@ CHOSEN = {
 def arguments(words: list[str] | None = None) -> argparse.Namespace:
     """Read the command line; unknown words are refused by argparse."""
     parser = argparse.ArgumentParser("python -m fx.demo", description=__doc__.split("\n\n")[0])
-    parser.add_argument("item", nargs="?", default="style/zazou", help="a shipped item or a folder of images")
+    parser.add_argument(
+        "item", nargs="?", default="style/jonathan-dietrich", help="a shipped item or a folder of images"
+    )
     parser.add_argument("--caption", default="", help="training caption; a folder needs one")
     parser.add_argument("--method", choices=METHODS, default="dreambooth", help="how to fine-tune")
     parser.add_argument("--images", type=int, default=10, help="generated images per training image (default 10)")
@@ -95,7 +97,7 @@ def picture(asked: list[Extract], item) -> plots.Figure:
         label = plots.ARM_LABELS[spec.generate.arm]
         rows[label] = images[matches["match"]]
         notes[label] = plots.marked(np.array(matches["similarity"]), spec.loose, spec.strict)
-    title = f"{item.name}: training images and the most similar extracted ones (* loose, ** strict threshold)"
+    title = f"{item.name}: best matches (* above the loose, ** above the strict threshold)"
     return plots.picture_rows(rows, title, notes=notes)
 
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from fx import metrics, results
 from fx.cliques import RULES, extract
-from fx.datasets import from_uint8, load_images, load_item
+from fx.datasets import from_uint8, load_images, load_item, to_uint8
 from fx.finetune import FineTune
 from fx.models import ModelPair, load_pair, load_pipeline
 from fx.sampling import Generate, sample
@@ -20,6 +20,9 @@ from fx.similarity import (
     load_descriptor,
     similarity_matrix,
 )
+
+# What a change of the code makes another extraction.
+CODE = ("fx.extraction", "fx.cliques", "fx.clique_search", "fx.datasets", "fx.metrics", "fx.similarity")
 
 
 @dataclass(frozen=True)
@@ -49,7 +52,8 @@ def _(spec: Extract) -> dict[str, str]:
     if (n := spec.generate.images_per_training * item.n_training) < 2:
         raise ValueError(f"{item.name}: {n} generated image has no similarities to cluster; generate at least 2")
     controls = {f"control {number}": results.sha256_of(path) for number, path in enumerate(item.controls)}
-    return {"descriptor": results.sha256_of(descriptor_path(spec.descriptor)[0]), **controls}
+    descriptor = results.sha256_of(descriptor_path(spec.descriptor)[0])
+    return {"code": results.sha256_of_code(*CODE), "descriptor": descriptor, **controls}
 
 
 @results.perform.register
@@ -120,7 +124,7 @@ def method_pictures(spec: Extract, n: int = 4) -> dict[str, np.ndarray]:
     """What plots.method_drawing needs of a finished extraction, uint8 [n, h, w, 3] each.
 
     base: samples of theta without the caption; tuned: of theta' with it; generated; clique: members of the largest one;
-    extracted.
+    training: the training images that are matched best, best first; extracted: the match of each.
     """
     finetune = spec.generate.finetune
     item = load_item(finetune.item, finetune.caption)
@@ -128,6 +132,7 @@ def method_pictures(spec: Extract, n: int = 4) -> dict[str, np.ndarray]:
     generated = np.load(results.complete(spec.generate) / "images.npy")
     matches = json.loads((results.complete(spec) / "matches.json").read_text())
     largest = (max(matches["cliques"], key=len) * n)[:n]
+    best = (np.argsort(matches["similarity"])[::-1].tolist() * n)[:n]
     common = {"n": n, "w": 1.0, "steps": spec.generate.steps, "seed": spec.generate.seed}
     base = load_pipeline(finetune.base)
     return {
@@ -135,5 +140,6 @@ def method_pictures(spec: Extract, n: int = 4) -> dict[str, np.ndarray]:
         "tuned": sample(pair, item.caption, arm="direct", **common),
         "generated": generated[:n],
         "clique": generated[largest],
-        "extracted": generated[(matches["centres"] * n)[:n]],
+        "extracted": generated[np.array(matches["match"])[best]],
+        "training": to_uint8(load_images(item.training, generated.shape[1]))[best],
     }

@@ -116,19 +116,23 @@ def score_curves(rows: pd.DataFrame, x: str, score: str = "AS", block: str = "me
     return figure
 
 
-def method_drawing(pictures: dict[str, np.ndarray]) -> Figure:
-    """The paper's Fig. 2 with pictures of a run: theta and theta' -> Eq. 13 (k = 0) -> generated -> cliques -> extracted.
+def method_drawing(pictures: dict[str, np.ndarray], phi: float) -> Figure:
+    """The paper's Fig. 2 with pictures of a run: theta and theta' -> Eq. 13 -> generated -> clique -> extracted.
 
-    pictures: "base", "tuned", "generated", "clique" and "extracted", uint8 [n >= 4, h, w, 3] each (four are shown).
+    pictures: "base", "tuned", "generated", "clique", "extracted" and, for comparison, "training", uint8 [n >= 4, h, w, 3]
+    each (four are shown); phi: the similarity from which on images were linked.
     """
+    eq_13 = r"$\epsilon_{\theta'}^c+(w'-1)(\epsilon_{\theta'}^c-\epsilon_\theta)+k\epsilon_\theta$"
     titles = {
         "base": r"base $\theta$, no caption",
         "tuned": r"fine-tuned $\theta'$, caption $c$",
-        "generated": "FineXtract\n" + r"$\epsilon_{\theta'}(c)+(w'-1)(\epsilon_{\theta'}(c)-\epsilon_\theta)$",
-        "clique": r"a clique: sim $\geq \phi$",
-        "extracted": r"centres $\hat X$",
+        "generated": f"FineXtract\n{eq_13}",
+        "clique": "of the largest clique\n" + rf"sim $\geq \phi={phi:.2f}$",
+        "extracted": r"extracted $\hat X$",
+        "training": "the training images\nthey match",
     }
-    places = {"base": (0, 0.55), "tuned": (0, 0.0), "generated": (1, 0.28), "clique": (2, 0.28), "extracted": (3, 0.28)}
+    places = {"base": (0, 0.55), "tuned": (0, 0.0), "generated": (1, 0.28), "clique": (2, 0.28)}
+    places |= {"extracted": (3, 0.55), "training": (3, 0.0)}
     figure = plt.figure(figsize=(8.5, 3.2))
     for name, (column, bottom) in places.items():
         axes = figure.add_axes((column * 0.26, bottom, 0.19, 0.38))
@@ -141,7 +145,7 @@ def method_drawing(pictures: dict[str, np.ndarray]) -> Figure:
         ((0.2, 0.7), (0.25, 0.52)),
         ((0.2, 0.2), (0.25, 0.42)),
         ((0.46, 0.47), (0.51, 0.47)),
-        ((0.72, 0.47), (0.77, 0.47)),
+        ((0.72, 0.52), (0.77, 0.7)),
     ):
         arrow = FancyArrowPatch(start, end, transform=figure.transFigure, arrowstyle="-|>", mutation_scale=14)
         figure.add_artist(arrow)

@@ -1,5 +1,6 @@
 """Tidy rows to the paper's tables: means with intervals, paired differences, the paper's own numbers beside them."""
 
+import math
 from pathlib import Path
 
 import pandas as pd
@@ -11,14 +12,14 @@ from fx.paths import PAPER, TABLES
 def summarise(rows: pd.DataFrame, by: list[str], scores: list[str], seed: int = 0) -> pd.DataFrame:
     """Mean of each score over items with its 95% bootstrap interval, one row per group in order of appearance.
 
-    Columns: the groups, items, and per score the mean and `<score> 95%` as text "low..high".
+    Columns: the groups, items, and per score the mean and `<score> 95%` as text "low..high", empty for a single item.
     """
     lines = []
     for key, group in rows.groupby(by, sort=False):
         line = dict(zip(by, key, strict=True)) | {"items": len(group)}
         for score in scores:
             low, high = bootstrap_interval(group[score].to_numpy(), seed=seed)
-            line |= {score: group[score].mean(), f"{score} 95%": f"{low:.3f}..{high:.3f}"}
+            line |= {score: group[score].mean(), f"{score} 95%": "" if math.isnan(low) else f"{low:.3f}..{high:.3f}"}
         lines.append(line)
     return pd.DataFrame(lines)
 
@@ -35,6 +36,7 @@ def paired_difference(
     """Mean over items of score(arm) - score(baseline) with its 95% bootstrap interval, per group.
 
     between: the column that tells the two apart, if it is not the arm. Both must hold the same items: ValueError otherwise.
+    The interval of a single item is NaN, and whether it excludes 0 is missing (pandas.NA).
     """
     lines = []
     for key, group in rows.groupby(by, sort=False):
@@ -51,7 +53,7 @@ def paired_difference(
                 "difference": difference,
                 "low": low,
                 "high": high,
-                "excludes 0": low > 0 or high < 0,
+                "excludes 0": pd.NA if math.isnan(low) else low > 0 or high < 0,
             }
         )
     return pd.DataFrame(lines)

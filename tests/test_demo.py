@@ -33,7 +33,13 @@ def _thresholds(monkeypatch):
 
 def test_arguments_have_defaults_that_need_no_typing():
     options = vars(demo.arguments([]))
-    assert options == {"item": "style/zazou", "caption": "", "method": "dreambooth", "images": 10, "seed": 0}
+    assert options == {
+        "item": "style/jonathan-dietrich",
+        "caption": "",
+        "method": "dreambooth",
+        "images": 10,
+        "seed": 0,
+    }
     assert options["item"] in datasets.names("style"), "the default item is a shipped one"
 
 
@@ -152,7 +158,7 @@ def test_main_prints_the_scores_of_each_arm_and_saves_the_picture(finished, tmp_
 
 
 def test_only_the_demo_as_it_comes_replaces_its_figure(finished, tmp_path):
-    assert demo.picture_path(demo.arguments([])) == tmp_path / "figures/demo-style-zazou-mini.png"
+    assert demo.picture_path(demo.arguments([])) == tmp_path / "figures/demo-style-jonathan-dietrich-mini.png"
     others = [["--method", "lora"], ["--seed", "1"], ["--images", "5"], ["object/rooster"]]
     paths = {demo.picture_path(demo.arguments(words)) for words in others}
     assert len(paths) == 4
@@ -181,7 +187,7 @@ def test_the_settings_are_the_defaults_of_notebook_03():
     for method, chosen in demo.CHOSEN.items():
         assert chosen == {
             "learning_rate": defaults[f"learning_rate_{method}"],
-            "cfg_scale": defaults["cfg_scale"],
+            "cfg_scale": defaults[f"cfg_scale_{method}"],
             "finextract_scale": defaults[f"finextract_scale_{method}"],
             "correction_scale": defaults["correction_scale"],
         }

@@ -1,14 +1,17 @@
 """Extraction end to end on the shipped mini models, with few steps, and its parts against independent computations."""
 
+import ast
+import importlib.util
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from scipy.optimize import linear_sum_assignment
 
-from fx import results
+from fx import extraction, results
 from fx.datasets import from_uint8, load_images, load_item
 from fx.extraction import Extract, method_pictures, three_arms
 from fx.finetune import FineTune
@@ -113,6 +116,23 @@ def test_another_descriptor_is_another_step(runs, tmp_path):
     assert results.digest(theirs) != before
 
 
+def test_other_code_is_another_extraction_of_the_same_images(runs, monkeypatch):
+    before = results.digest(spec := Extract(Generate(TUNED, images_per_training=2, steps=2), strict=0.5, loose=0.4))
+    generated = results.digest(spec.generate)
+    monkeypatch.setattr(results, "sha256_of_code", lambda *modules: f"of {modules}")
+    assert results.digest(spec) != before
+    assert results.digest(spec.generate) == generated
+
+
+def test_the_code_of_an_extraction_is_all_of_it_but_the_steps_before():
+    imported = set()
+    for name in extraction.CODE:
+        for node in ast.walk(ast.parse(Path(importlib.util.find_spec(name).origin).read_text())):
+            if isinstance(node, ast.ImportFrom) and node.module.split(".")[0] == "fx":
+                imported |= {f"fx.{alias.name}" for alias in node.names} if node.module == "fx" else {node.module}
+    assert imported - {"fx.results", "fx.finetune", "fx.models", "fx.sampling", "fx.paths"} <= set(extraction.CODE)
+
+
 def test_wrong_rules_presets_and_descriptors_stop_everything_before_training(runs, tmp_path):
     with pytest.raises(ValueError, match="unknown rule 'best': choose one of paper, published, tightest, peaks"):
         specs(rule="best")
@@ -157,10 +177,17 @@ def test_the_whole_chain_twice_gives_identical_rows(runs, tmp_path, monkeypatch)
     assert list(first.arm) == ["direct", "cfg", "finextract"]
     pictures = method_pictures(asked[-1])
     assert {name: picture.shape for name, picture in pictures.items()} == dict.fromkeys(
-        ("base", "tuned", "generated", "clique", "extracted"), (4, 64, 64, 3)
+        ("base", "tuned", "generated", "clique", "extracted", "training"), (4, 64, 64, 3)
     )
     generated = np.load(results.folder(asked[-1].generate) / "images.npy")
     assert (pictures["generated"] == generated[:4]).all()
+    network = load_descriptor("mini-sscd")
+    with torch.no_grad():
+        shown, wanted = network(from_uint8(pictures["extracted"])), network(from_uint8(pictures["training"]))
+    similarity = (shown * wanted).sum(dim=1).tolist()
+    assert similarity == sorted(similarity, reverse=True)
+    best = max(json.loads((results.folder(asked[-1]) / "matches.json").read_text())["similarity"])
+    assert similarity[0] == pytest.approx(best, abs=1e-3)  # the training images went through uint8
 
 
 def test_a_caption_too_long_stops_everything_before_training(runs):

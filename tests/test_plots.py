@@ -204,18 +204,20 @@ def test_every_arm_colour_has_a_label():
 
 
 def test_method_drawing_leads_from_both_models_to_the_extracted_centres():
-    names = ["base", "tuned", "generated", "clique", "extracted"]
+    names = ["base", "tuned", "generated", "clique", "extracted", "training"]
     pictures = {name: tiles(5, seed, 8, 8) for seed, name in enumerate(names)}
-    figure = plots.method_drawing(pictures)
-    assert len(figure.axes) == 5
+    figure = plots.method_drawing(pictures, phi=0.375)
+    assert len(figure.axes) == 6
     for axes, name in zip(figure.axes, names, strict=True):
         a, b, c, d = pictures[name][:4]
         assert np.array_equal(shown(axes), np.vstack([np.hstack([a, b]), np.hstack([c, d])])), name
     titles = [axes.get_title() for axes in figure.axes]
-    symbols = [r"\theta", r"\theta'", r"w'-1", r"\phi", r"\hat X"]
+    symbols = [r"\theta", r"\theta'", r"w'-1", r"\phi=0.38", r"\hat X", "training"]
     assert all(symbol in title for symbol, title in zip(symbols, titles, strict=True))
-    base, tuned, generated, clique, extracted = (axes.get_position() for axes in figure.axes)
+    base, tuned, generated, clique, extracted, training = (axes.get_position() for axes in figure.axes)
     assert base.y0 > tuned.y1
+    assert extracted.y0 > training.y1
+    assert (extracted.x0, extracted.x1) == (training.x0, training.x1)
     arrows = [artist for artist in figure.artists if isinstance(artist, FancyArrowPatch)]
     ways = [(base, generated), (tuned, generated), (generated, clique), (clique, extracted)]
     for arrow, (start, end) in zip(arrows, ways, strict=True):
