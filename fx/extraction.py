@@ -21,8 +21,9 @@ from fx.similarity import (
     similarity_matrix,
 )
 
-# What a change of the code makes another extraction.
-CODE = ("fx.extraction", "fx.cliques", "fx.clique_search", "fx.datasets", "fx.metrics", "fx.similarity")
+# The code of an extraction as it was imported, file -> SHA-256: with another code it is another extraction.
+MODULES = ("extraction", "cliques", "clique_search", "datasets", "metrics", "similarity")
+CODE = {f"{name}.py": results.sha256_of(Path(__file__).with_name(f"{name}.py")) for name in MODULES}
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ def _(spec: Extract) -> dict[str, str]:
         raise ValueError(f"{item.name}: {n} generated image has no similarities to cluster; generate at least 2")
     controls = {f"control {number}": results.sha256_of(path) for number, path in enumerate(item.controls)}
     descriptor = results.sha256_of(descriptor_path(spec.descriptor)[0])
-    return {"code": results.sha256_of_code(*CODE), "descriptor": descriptor, **controls}
+    return {"descriptor": descriptor, **controls, **CODE}
 
 
 @results.perform.register
@@ -121,25 +122,31 @@ def three_arms(
 
 
 def method_pictures(spec: Extract, n: int = 4) -> dict[str, np.ndarray]:
-    """What plots.method_drawing needs of a finished extraction, uint8 [n, h, w, 3] each.
+    """What plots.method_drawing needs of a finished extraction, uint8 [n, h, w, 3] each, and float [n] similarities.
 
-    base: samples of theta without the caption; tuned: of theta' with it; generated; clique: members of the largest one;
-    training: the training images that are matched best, best first; extracted: the match of each.
+    base: samples of theta without the caption; tuned: of theta' with it; generated; extracted: the extracted images that
+    are most similar to a training image, best first; training: that training image; similarity: of the two; clique:
+    images of the clique that the first of them stands for.
     """
     finetune = spec.generate.finetune
     item = load_item(finetune.item, finetune.caption)
     pair = load_pair(finetune.base, results.complete(finetune))
     generated = np.load(results.complete(spec.generate) / "images.npy")
     matches = json.loads((results.complete(spec) / "matches.json").read_text())
-    largest = (max(matches["cliques"], key=len) * n)[:n]
-    best = (np.argsort(matches["similarity"])[::-1].tolist() * n)[:n]
+    network = load_descriptor(spec.descriptor, spec.preset)
+    training = load_images(item.training, generated.shape[1])
+    alike = (descriptors(network, from_uint8(generated[matches["centres"]])) @ descriptors(network, training).T).clip(
+        0, 1
+    )
+    best = (np.argsort(-alike.max(axis=1), kind="stable").tolist() * n)[:n]
     common = {"n": n, "w": 1.0, "steps": spec.generate.steps, "seed": spec.generate.seed}
     base = load_pipeline(finetune.base)
     return {
         "base": sample(ModelPair(base, base), "", arm="direct", **common),
         "tuned": sample(pair, item.caption, arm="direct", **common),
         "generated": generated[:n],
-        "clique": generated[largest],
-        "extracted": generated[np.array(matches["match"])[best]],
-        "training": to_uint8(load_images(item.training, generated.shape[1]))[best],
+        "clique": generated[(matches["cliques"][best[0]] * n)[:n]],
+        "extracted": generated[np.array(matches["centres"])[best]],
+        "training": to_uint8(training)[alike[best].argmax(axis=1)],
+        "similarity": alike[best].max(axis=1),
     }

@@ -86,7 +86,7 @@ def scores_by_arm(rows: pd.DataFrame, score: str = "AS", block: str = "block") -
     figure, axes = plt.subplots(figsize=(7, 2.8))
     arms = [arm for arm in ARM_COLOURS if arm in set(rows.arm)]
     common = {"data": rows, "x": block, "y": score, "hue": "arm", "hue_order": arms, "palette": ARM_COLOURS, "ax": axes}
-    sns.stripplot(**common, dodge=True, alpha=0.3, size=3, legend=False)
+    sns.stripplot(**common, dodge=True, jitter=False, alpha=0.3, size=3, legend=False)
     sns.pointplot(**common, dodge=0.53, linestyle="none", errorbar=("ci", 95), seed=0, capsize=0.06)
     for text in axes.get_legend().get_texts():
         text.set_text(ARM_LABELS[text.get_text()])
@@ -116,20 +116,20 @@ def score_curves(rows: pd.DataFrame, x: str, score: str = "AS", block: str = "me
     return figure
 
 
-def method_drawing(pictures: dict[str, np.ndarray], phi: float) -> Figure:
+def method_drawing(pictures: dict[str, np.ndarray], phi: float, notes: list[str]) -> Figure:
     """The paper's Fig. 2 with pictures of a run: theta and theta' -> Eq. 13 -> generated -> clique -> extracted.
 
     pictures: "base", "tuned", "generated", "clique", "extracted" and, for comparison, "training", uint8 [n >= 4, h, w, 3]
-    each (four are shown); phi: the similarity from which on images were linked.
+    each (four are shown); phi: the similarity from which on images were linked; notes: a text for each extracted one.
     """
     eq_13 = r"$\epsilon_{\theta'}^c+(w'-1)(\epsilon_{\theta'}^c-\epsilon_\theta)+k\epsilon_\theta$"
     titles = {
         "base": r"base $\theta$, no caption",
         "tuned": r"fine-tuned $\theta'$, caption $c$",
         "generated": f"FineXtract\n{eq_13}",
-        "clique": "of the largest clique\n" + rf"sim $\geq \phi={phi:.2f}$",
-        "extracted": r"extracted $\hat X$",
-        "training": "the training images\nthey match",
+        "clique": "of one clique\n" + rf"sim $\geq \phi={phi:.2f}$",
+        "extracted": r"extracted $\hat X$" + "\n(similarity)",
+        "training": "training images\nmost like these",
     }
     places = {"base": (0, 0.55), "tuned": (0, 0.0), "generated": (1, 0.28), "clique": (2, 0.28)}
     places |= {"extracted": (3, 0.55), "training": (3, 0.0)}
@@ -141,6 +141,11 @@ def method_drawing(pictures: dict[str, np.ndarray], phi: float) -> Figure:
         axes.set(xticks=[], yticks=[])
         axes.spines[:].set_visible(False)
         axes.set_title(titles[name])
+    height, width = pictures["extracted"].shape[1:3]
+    for number, note in enumerate(notes[:4]):
+        place = (number % 2 * width + 1, (number // 2 + 1) * height - 2)
+        axes = figure.axes[list(places).index("extracted")]
+        axes.text(*place, note, fontsize=6, va="bottom", bbox={"facecolor": "white", "pad": 0.8, "lw": 0})
     for start, end in (
         ((0.2, 0.7), (0.25, 0.52)),
         ((0.2, 0.2), (0.25, 0.42)),

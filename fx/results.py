@@ -25,17 +25,15 @@ Below `RUNS` lie
 
 The address covers the settings and the outside content a step reads (`inputs`), not the code, or every edit would cost
 hours of fine-tuning: after changing what a step computes, delete its folders or give its spec a field that says so. A
-step that takes a second lists its own code among its inputs (`sha256_of_code`), and is done anew when that changes. Hidden
+step that takes a second lists the files of its own code among its inputs, and is done anew when one changes. Hidden
 files (names that begin with a dot) count nowhere as content.
 """
 
-import ast
 import contextlib
 import dataclasses
 import functools
 import hashlib
 import importlib.metadata
-import importlib.util
 import itertools
 import json
 import math
@@ -135,25 +133,6 @@ def _sha256_of_file(path: Path, size: int, modified: int, changed: int) -> str:
     """SHA-256 of one file; size and time stamps (ns) are there to tell a rewritten file from the one already read."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-@functools.cache
-def sha256_of_code(*modules: str) -> str:
-    """SHA-256 (64 hex digits) of what the modules of these names do: comments, docstrings and layout do not count.
-
-    Raises ModuleNotFoundError for a name that is no module.
-    """
-    programs = {}
-    for name in modules:
-        found = importlib.util.find_spec(name)
-        if found is None or not found.has_location:
-            raise ModuleNotFoundError(f"no module {name!r} with a source file, so its code cannot be hashed")
-        program = ast.parse(Path(found.origin).read_bytes())
-        for node in ast.walk(program):
-            if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node) is not None:
-                node.body = node.body[1:] or [ast.Pass()]
-        programs[name] = ast.unparse(program)
-    return hashlib.sha256(_canonical(programs).encode()).hexdigest()
 
 
 def _file_hashes(root: Path) -> dict[str, str]:

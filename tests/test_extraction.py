@@ -1,7 +1,7 @@
 """Extraction end to end on the shipped mini models, with few steps, and its parts against independent computations."""
 
 import ast
-import importlib.util
+import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -119,18 +119,26 @@ def test_another_descriptor_is_another_step(runs, tmp_path):
 def test_other_code_is_another_extraction_of_the_same_images(runs, monkeypatch):
     before = results.digest(spec := Extract(Generate(TUNED, images_per_training=2, steps=2), strict=0.5, loose=0.4))
     generated = results.digest(spec.generate)
-    monkeypatch.setattr(results, "sha256_of_code", lambda *modules: f"of {modules}")
+    source = Path(extraction.__file__).with_name("cliques.py")
+    assert extraction.CODE["cliques.py"] == hashlib.sha256(source.read_bytes()).hexdigest()
+    monkeypatch.setitem(extraction.CODE, "cliques.py", "another")
     assert results.digest(spec) != before
     assert results.digest(spec.generate) == generated
 
 
 def test_the_code_of_an_extraction_is_all_of_it_but_the_steps_before():
     imported = set()
-    for name in extraction.CODE:
-        for node in ast.walk(ast.parse(Path(importlib.util.find_spec(name).origin).read_text())):
-            if isinstance(node, ast.ImportFrom) and node.module.split(".")[0] == "fx":
-                imported |= {f"fx.{alias.name}" for alias in node.names} if node.module == "fx" else {node.module}
-    assert imported - {"fx.results", "fx.finetune", "fx.models", "fx.sampling", "fx.paths"} <= set(extraction.CODE)
+    for file in extraction.CODE:
+        for node in ast.walk(ast.parse(Path(extraction.__file__).with_name(file).read_text())):
+            if isinstance(node, ast.ImportFrom):
+                assert node.level == 0
+                imported |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+            elif isinstance(node, ast.Import):
+                imported |= {alias.name for alias in node.names}
+    modules = {path.name for path in Path(extraction.__file__).parent.glob("*.py") if f"fx.{path.stem}" in imported}
+    assert modules - {"results.py", "finetune.py", "models.py", "sampling.py", "paths.py"} == {*extraction.CODE} - {
+        "extraction.py"
+    }
 
 
 def test_wrong_rules_presets_and_descriptors_stop_everything_before_training(runs, tmp_path):
@@ -176,18 +184,26 @@ def test_the_whole_chain_twice_gives_identical_rows(runs, tmp_path, monkeypatch)
     assert first.equals(second)
     assert list(first.arm) == ["direct", "cfg", "finextract"]
     pictures = method_pictures(asked[-1])
+    similarity = pictures.pop("similarity")
     assert {name: picture.shape for name, picture in pictures.items()} == dict.fromkeys(
         ("base", "tuned", "generated", "clique", "extracted", "training"), (4, 64, 64, 3)
     )
     generated = np.load(results.folder(asked[-1].generate) / "images.npy")
     assert (pictures["generated"] == generated[:4]).all()
+    matches = json.loads((results.folder(asked[-1]) / "matches.json").read_text())
+    centres = [tuple(generated[i].ravel()) for i in matches["centres"]]
+    first = centres.index(tuple(pictures["extracted"][0].ravel()))
+    members = {tuple(generated[i].ravel()) for i in matches["cliques"][first]}
+    assert {tuple(picture.ravel()) for picture in pictures["clique"]} <= members
+    assert len({tuple(picture.ravel()) for picture in pictures["extracted"]}) == len(set(centres)) == 4
     network = load_descriptor("mini-sscd")
     with torch.no_grad():
         shown, wanted = network(from_uint8(pictures["extracted"])), network(from_uint8(pictures["training"]))
-    similarity = (shown * wanted).sum(dim=1).tolist()
-    assert similarity == sorted(similarity, reverse=True)
-    best = max(json.loads((results.folder(asked[-1]) / "matches.json").read_text())["similarity"])
-    assert similarity[0] == pytest.approx(best, abs=1e-3)  # the training images went through uint8
+    assert similarity == pytest.approx(
+        (shown * wanted).sum(dim=1).numpy(), abs=1e-3
+    )  # training images went through uint8
+    assert similarity.tolist() == sorted(similarity, reverse=True)
+    assert similarity[0] == pytest.approx(max(matches["similarity"]), abs=1e-6)
 
 
 def test_a_caption_too_long_stops_everything_before_training(runs):

@@ -206,7 +206,7 @@ def test_every_arm_colour_has_a_label():
 def test_method_drawing_leads_from_both_models_to_the_extracted_centres():
     names = ["base", "tuned", "generated", "clique", "extracted", "training"]
     pictures = {name: tiles(5, seed, 8, 8) for seed, name in enumerate(names)}
-    figure = plots.method_drawing(pictures, phi=0.375)
+    figure = plots.method_drawing(pictures, 0.375, ["0.8**", "0.7", "0.6", "0.5", "0.4"])
     assert len(figure.axes) == 6
     for axes, name in zip(figure.axes, names, strict=True):
         a, b, c, d = pictures[name][:4]
@@ -214,6 +214,7 @@ def test_method_drawing_leads_from_both_models_to_the_extracted_centres():
     titles = [axes.get_title() for axes in figure.axes]
     symbols = [r"\theta", r"\theta'", r"w'-1", r"\phi=0.38", r"\hat X", "training"]
     assert all(symbol in title for symbol, title in zip(symbols, titles, strict=True))
+    assert [text.get_text() for text in figure.axes[4].texts] == ["0.8**", "0.7", "0.6", "0.5"]
     base, tuned, generated, clique, extracted, training = (axes.get_position() for axes in figure.axes)
     assert base.y0 > tuned.y1
     assert extracted.y0 > training.y1

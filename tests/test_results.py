@@ -11,7 +11,6 @@ import math
 import multiprocessing
 import os
 import platform
-import re
 import runpy
 import shutil
 import signal
@@ -916,24 +915,3 @@ def test_an_interrupt_cancels_what_the_workers_have_not_begun(client, monkeypatc
         results.run([Square(n) for n in range(5)], client=client)
     assert len(cancelled) == 5
     distributed.wait(cancelled)  # not cancelled in truth: they must end before this test's RUNS does
-
-
-def test_sha256_of_code_is_of_what_a_module_does(tmp_path, monkeypatch):
-    monkeypatch.syspath_prepend(tmp_path)
-    program = '"""Says."""\n\n\ndef f(x):\n    """What."""\n    return x + 1\n'
-    (tmp_path / "first_program.py").write_text(program)
-    plain = results.sha256_of_code("first_program")
-    assert re.fullmatch("[0-9a-f]{64}", plain)
-    variants = {
-        "comment": (program.replace("return x + 1", "# so\n    return (x + 1)"), True),
-        "docstring": (program.replace("What", "Whatever"), True),
-        "number": (program.replace("x + 1", "x + 2"), False),
-        "text": (program.replace("return x + 1", "return 'What.'"), False),
-    }
-    for name, (text, same) in variants.items():
-        results.sha256_of_code.cache_clear()
-        (tmp_path / "first_program.py").write_text(text)
-        assert (results.sha256_of_code("first_program") == plain) is same, name
-    results.sha256_of_code.cache_clear()
-    with pytest.raises(ModuleNotFoundError, match="no module 'no_such_program'"):
-        results.sha256_of_code("no_such_program")
