@@ -27,6 +27,11 @@ def show_row(axes: Axes, pictures: np.ndarray, label: str, gap: int = 2) -> None
     axes.set_ylabel(label, rotation=0, ha="right", va="center")
 
 
+def add_note(axes: Axes, left: float, bottom: float, note: str) -> None:
+    """A short text in the lower left corner of a picture, whose place on the axes is given in pixels."""
+    axes.text(left + 1, bottom - 2, note, fontsize=6, va="bottom", bbox={"facecolor": "white", "pad": 0.8, "lw": 0})
+
+
 def picture_rows(
     rows: dict[str, np.ndarray], title: str = "", width: float = 0.75, notes: dict[str, list[str]] | None = None
 ) -> Figure:
@@ -44,8 +49,7 @@ def picture_rows(
         show_row(axis, np.concatenate([pictures, blank]), label)
         step = axis.get_images()[0].get_array().shape[1] / columns
         for number, note in enumerate((notes or {}).get(label, [])):
-            place = (number * step + 1, pictures.shape[1] - 2)
-            axis.text(*place, note, fontsize=6, va="bottom", bbox={"facecolor": "white", "pad": 0.8, "lw": 0})
+            add_note(axis, number * step, pictures.shape[1], note)
     figure.suptitle(title)
     return figure
 
@@ -141,11 +145,9 @@ def method_drawing(pictures: dict[str, np.ndarray], phi: float, notes: list[str]
         axes.set(xticks=[], yticks=[])
         axes.spines[:].set_visible(False)
         axes.set_title(titles[name])
-    height, width = pictures["extracted"].shape[1:3]
-    for number, note in enumerate(notes[:4]):
-        place = (number % 2 * width + 1, (number // 2 + 1) * height - 2)
-        axes = figure.axes[list(places).index("extracted")]
-        axes.text(*place, note, fontsize=6, va="bottom", bbox={"facecolor": "white", "pad": 0.8, "lw": 0})
+        height, width = tiles.shape[1:3]
+        for number, note in enumerate(notes[:4] if name == "extracted" else []):
+            add_note(axes, number % 2 * width, (number // 2 + 1) * height, note)
     for start, end in (
         ((0.2, 0.7), (0.25, 0.52)),
         ((0.2, 0.2), (0.25, 0.42)),

@@ -199,9 +199,8 @@ def test_the_whole_chain_twice_gives_identical_rows(runs, tmp_path, monkeypatch)
     network = load_descriptor("mini-sscd")
     with torch.no_grad():
         shown, wanted = network(from_uint8(pictures["extracted"])), network(from_uint8(pictures["training"]))
-    assert similarity == pytest.approx(
-        (shown * wanted).sum(dim=1).numpy(), abs=1e-3
-    )  # training images went through uint8
+    # within a thousandth, since these training images went through uint8
+    assert similarity == pytest.approx((shown * wanted).sum(dim=1).numpy(), abs=1e-3)
     assert similarity.tolist() == sorted(similarity, reverse=True)
     assert similarity[0] == pytest.approx(max(matches["similarity"]), abs=1e-6)
 
