@@ -60,7 +60,7 @@ def paired_difference(
 
 
 def paper(number: int) -> pd.DataFrame:
-    """The numbers of the paper's Table `number` (1-11) as reported; what the text lost is NaN."""
+    """The numbers of the paper's Table `number` (1-11) as reported; what it marks "N.A." (Table 10) is NaN."""
     path = PAPER / f"table{number:02d}.csv"
     if not path.exists():
         raise FileNotFoundError(f"no table {number}: data/paper holds the paper's Tables 1 to 11")
