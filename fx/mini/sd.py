@@ -74,7 +74,7 @@ def diffusion_loss(latents: Tensor, choices: list[list[int]], texts: Tensor, emp
         context[torch.rand(batch, generator=rng) < 0.1] = empty.float()
         x, t = latents[chosen], torch.randint(1000, (batch,), generator=rng)
         eps = torch.randn(x.shape, generator=rng)
-        predicted = model(noising.add_noise(x, eps, t), t, context).sample
+        predicted = model(noising.add_noise(x, eps, t), t, context).sample.float()
         error = F.mse_loss(predicted, eps, reduction="none").mean(dim=(1, 2, 3))
         return {"loss": (weights[t] * error).mean(), "mse": error.mean()}
 
