@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from tokenizers import Tokenizer, models, trainers
 from tokenizers.pre_tokenizers import ByteLevel
 from torch import Tensor
-from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
+from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTokenizer
 
 from fx.mini.pictures import corrupt, jitter, to_float
 
@@ -66,7 +66,15 @@ def build(tokenizer: CLIPTokenizer) -> CLIPModel:
         "pad_token_id": tokenizer.pad_token_id,
     }
     vision = {**tower, "num_hidden_layers": 5, "image_size": 64, "patch_size": 16}
-    return CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=128))
+    prompts = {"quality_prompts": [GOOD, BAD]}  # where fx.quality looks for them
+    return CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=128, **prompts))
+
+
+def image_processor(model: CLIPModel) -> CLIPImageProcessor:
+    """How images of any size enter a mini-clip: the shorter side resized to its own, centre crop, values in [-1, 1]."""
+    side = model.config.vision_config.image_size
+    half = [0.5, 0.5, 0.5]
+    return CLIPImageProcessor(size={"shortest_edge": side}, crop_size=side, image_mean=half, image_std=half)
 
 
 def tokenize(tokenizer: CLIPTokenizer, captions: list[str]) -> Tensor:
