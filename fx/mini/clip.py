@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTokenizer
 
 from fx.mini.pictures import corrupt, jitter, to_float
+from fx.quality import antonym_scores
 
 MAX_TOKENS = 32
 VOCABULARY = 4096
@@ -116,14 +117,14 @@ def contrastive_loss(
 def quality_scores(model: CLIPModel, tokenizer: CLIPTokenizer, pictures: Tensor, seed: int = 0) -> dict[str, float]:
     """Mean CLIP-IQA score (Wang et al., 2023) of pictures as they are and corrupted, each in 0..1.
 
-    The score is the softmax over the cosines, times the model's temperature, with a good and a bad picture's prompt.
+    The score is that of `fx.quality.clip_iqa`, with a good and a bad picture's prompt.
     """
-    prompts = F.normalize(model.get_text_features(tokenize(tokenizer, [GOOD, BAD])).pooler_output, dim=1)
+    prompts = model.get_text_features(tokenize(tokenizer, [GOOD, BAD])).pooler_output
     clean = to_float(pictures)
     scores = {}
     for name, images in (("clean", clean), ("corrupted", corrupt(clean, torch.Generator().manual_seed(seed)))):
-        features = F.normalize(model.get_image_features(pixel_values=images).pooler_output, dim=1)
-        scores[name] = (model.logit_scale.exp() * features @ prompts.T).softmax(dim=1)[:, 0]
+        features = model.get_image_features(pixel_values=images).pooler_output
+        scores[name] = antonym_scores(features, prompts, model.logit_scale.exp())
     better = (scores["clean"] > scores["corrupted"]).float().mean().item()
     return {name: value.mean().item() for name, value in scores.items()} | {"clean scores higher": better}
 
