@@ -20,15 +20,14 @@ from fx import checkpoints
 from fx.datasets import to_uint8
 from fx.models import check_finite, device
 
-# The judges of the paper's models. The Hub holds their safetensors under these revisions only. App. I names CLIP-IQA without
-# its network; the ResNet-50 of Wang et al. is published as a pickle, so that the ViT-B/16 of the same CLIP stands here.
+# The judges of the paper's models, at revisions with safetensors. App. I names CLIP-IQA without its network. The ResNet-50
+# of Wang et al. is published as a TorchScript program that libraries fetch and run, so the ViT-B/16 of CLIP stands here; its
+# scores are others. torchmetrics 1.9 takes neither a folder nor this ViT under transformers 5.
 CLIP = "openai/clip-vit-base-patch16@refs/pr/10"
 DINO = "facebook/dino-vits16@refs/pr/1"  # the ViT-S/16 of Ruiz et al.
 
-ANTONYMS = (
-    "Good photo.",
-    "Bad photo.",
-)  # CLIP-IQA's prompts; a CLIP trained with other words has them in its config.json
+# CLIP-IQA's antonym prompts; a CLIP trained with other words names them in its config.json
+ANTONYMS = ("Good photo.", "Bad photo.")
 KINDS = {"clip": CLIPModel, "vit": ViTModel, "dinov2": Dinov2Model}  # by the model_type of config.json
 MEASURES = ("CLIP-IQA", "fidelity")
 
