@@ -12,7 +12,7 @@ from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNe
 from torch import Tensor
 from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer
 
-from fx.mini.clip import tokenize
+from fx.mini.clip import image_processor, tokenize
 from fx.mini.pictures import to_float
 
 
@@ -119,6 +119,7 @@ def save(folder: Path, pipeline: StableDiffusionPipeline, clip: CLIPModel) -> No
         shutil.rmtree(folder / name, ignore_errors=True)
     copy.deepcopy(clip).half().save_pretrained(folder / "mini-clip")
     pipeline.tokenizer.save_pretrained(folder / "mini-clip")
+    image_processor(clip).save_pretrained(folder / "mini-clip")
     half = copy.deepcopy(pipeline).to(torch.float16)
     half.save_pretrained(folder / "mini-sd")
     (folder / "mini-sd/vae").rename(folder / "mini-vae")
