@@ -1,4 +1,4 @@
-"""What an evaluator adds who has the training images: the scores of Sec. 3.2 and, beside them, never-trained controls."""
+"""What an evaluator adds who has the training images: the scores of Sec. 3.2 beside controls, and quality (App. I)."""
 
 import json
 from dataclasses import dataclass
@@ -7,14 +7,14 @@ from typing import ClassVar
 
 import numpy as np
 
-from fx import metrics, results
-from fx.datasets import load_images, load_item, open_image, to_uint8
+from fx import checkpoints, metrics, quality, results
+from fx.datasets import Item, load_images, load_item, open_image, to_uint8
 from fx.extraction import Extract
-from fx.finetune import TrainingItem, load_training
+from fx.finetune import FineTune, TrainingItem, load_training
 from fx.models import ModelPair, load_pipeline
-from fx.sampling import generated_pictures, picture_file, prompt, sample
+from fx.sampling import Generate, generated_pictures, picture_file, prompt, sample
 from fx.similarity import copy_thresholds, describe, load_descriptor
-from fx.tuned import load_tuned, own_training
+from fx.tuned import Checkpoint, load_tuned, own_training
 
 
 @dataclass(frozen=True)
@@ -40,16 +40,36 @@ class Score:
                 metrics.check_threshold(threshold)
 
 
+@dataclass(frozen=True)
+class Quality:
+    """How good generated images are, and how much like the training images (Tables 8 to 10).
+
+    training: as in Score. iqa_judge, fidelity_judge: the networks for CLIP-IQA and for fidelity (fx.quality.load_judge).
+    """
+
+    VERSION: ClassVar[int] = 1
+
+    generate: Generate
+    training: tuple[TrainingItem, ...] = ()
+    iqa_judge: str = "mini-clip"
+    fidelity_judge: str = "mini-clip"
+
+
 def scored_images(spec: Score) -> tuple[list[Path], list[Path]]:
     """The training images and the controls of a Score; ValueError where no training images are known."""
-    parts = spec.training or own_training(spec.extract.generate.model)
-    if not parts:
-        raise ValueError(f"what {spec.extract.generate.model} was trained on is not known: give Score its training items")
-    items = [load_training(part) for part in parts]
+    items = known_items(spec.training, spec.extract.generate.model)
     training = [path for item in items for path in item.training]
     if spec.controls:
         return training, list(load_item(spec.controls, "controls").training)
     return training, [path for item in items for path in item.controls]
+
+
+def known_items(training: tuple[TrainingItem, ...], model: FineTune | Checkpoint) -> list[Item]:
+    """The items to compare with, those named or else those a model was fine-tuned on; ValueError if there are none."""
+    parts = training or own_training(model)
+    if not parts:
+        raise ValueError(f"what {model} was trained on is not known: name the training items to compare with")
+    return [load_training(part) for part in parts]
 
 
 def thresholds(spec: Score) -> tuple[float, float]:
@@ -100,6 +120,42 @@ def _(spec: Score, folder: Path) -> None:
     (folder / "matches.json").write_text(json.dumps({"match": chosen.tolist(), "similarity": best.tolist()}))
 
 
+@results.inputs.register
+def _(spec: Quality) -> dict[str, str]:
+    training = [path for item in known_items(spec.training, spec.generate.model) for path in item.training]
+    judges = {
+        name: results.sha256_of(checkpoints.find(getattr(spec, name))) for name in ("iqa_judge", "fidelity_judge")
+    }
+    return judges | {f"image {number}": results.sha256_of(path) for number, path in enumerate(training)}
+
+
+@results.perform.register
+def _(spec: Quality, folder: Path, chunk: int = 256) -> None:
+    """Write scores.json and clip-iqa.npy, the CLIP-IQA of each generated image, float32 [N].
+
+    scores.json, each column with the name of its judge: the mean CLIP-IQA of generated and of training images, and the
+    fidelity, the mean cosine of generated to training images (App. I).
+    """
+    n, generated = spec.generate.n_generated, results.complete(spec.generate)
+    side = open_image(picture_file(generated, 0)).width
+    paths = [path for item in known_items(spec.training, spec.generate.model) for path in item.training]
+    training = load_images(tuple(paths), side)
+    judge, other = quality.load_judge(spec.iqa_judge), quality.load_judge(spec.fidelity_judge)
+    scores, likeness = [], 0.0
+    for first in range(0, n, chunk):
+        images = generated_pictures(spec.generate, range(first, min(first + chunk, n)))
+        scores.append(quality.clip_iqa(judge, images))
+        likeness += quality.fidelity(other, images, training) * len(images) / n
+    iqa = quality.column("CLIP-IQA", spec.iqa_judge)
+    columns = {
+        iqa: float(np.concatenate(scores).mean()),
+        f"{iqa} of training images": float(quality.clip_iqa(judge, training).mean()),
+        quality.column("fidelity", spec.fidelity_judge): float(likeness),
+    }
+    np.save(folder / "clip-iqa.npy", np.concatenate(scores))
+    (folder / results.SCORES).write_text(json.dumps(columns))
+
+
 def extraction_sets(folder: Path) -> dict[str, list]:
     """The cliques and centres in the folder of a finished Extract, as numbers of generated images."""
     return json.loads((folder / "extraction.json").read_text())
@@ -107,7 +163,10 @@ def extraction_sets(folder: Path) -> dict[str, list]:
 
 def read_matches(spec: Score) -> dict[str, np.ndarray]:
     """Of a finished Score: the match of each training image (a number of a generated image) and their similarity."""
-    return {name: np.array(values) for name, values in json.loads((results.folder(spec) / "matches.json").read_text()).items()}
+    return {
+        name: np.array(values)
+        for name, values in json.loads((results.folder(spec) / "matches.json").read_text()).items()
+    }
 
 
 def image_side(spec: Score) -> int:

@@ -44,7 +44,9 @@ class Extract:
         if n < 2:
             raise ValueError(f"{n} generated image has no similarities to cluster: generate at least 2")
         if self.n_training is not None and not 1 <= self.n_training <= n:
-            raise ValueError(f"n_training {self.n_training} must lie between 1 and the {n} generated images, or be None")
+            raise ValueError(
+                f"n_training {self.n_training} must lie between 1 and the {n} generated images, or be None"
+            )
 
 
 @results.inputs.register

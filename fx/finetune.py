@@ -46,7 +46,9 @@ def load_training(part: TrainingItem) -> Item:
     """The images of `part` with the caption they are learned under; ValueError if it has fewer than `first` images."""
     item = load_item(part.item, part.caption or "")
     if part.first is not None and not 1 <= part.first <= item.n_training:
-        raise ValueError(f"{item.name} has {item.n_training} training images: first is 1 to {item.n_training}, not {part.first}")
+        raise ValueError(
+            f"{item.name} has {item.n_training} training images: first is 1 to {item.n_training}, not {part.first}"
+        )
     return replace(item, training=item.training[: part.first])
 
 

@@ -10,3 +10,4 @@ PAPER = DATA / "paper"
 TABLES = DATA / "results"
 FIGURES = ROOT / "figures"
 NOTEBOOKS = ROOT / "notebooks"
+COMPLETE = "mini"  # the profile whose tables and figures the repository shows

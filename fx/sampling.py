@@ -361,7 +361,9 @@ def batch_sampler(
     walked = functools.partial(walk, predict, scheduler=scheduler, steps=steps, w=w, k=k, callback=callback)
 
     def of_batch(numbers: Sequence[int], seed: int) -> np.ndarray:
-        return np.concatenate(list(_halved(lambda part: _sample_batch(pair, walked, part, seed, decode_chunk), numbers)))
+        return np.concatenate(
+            list(_halved(lambda part: _sample_batch(pair, walked, part, seed, decode_chunk), numbers))
+        )
 
     return of_batch
 

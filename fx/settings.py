@@ -1,8 +1,8 @@
 """Chosen settings, all in one file (fx/settings.yaml), and the specs that follow from them.
 
-    chosen = settings.load("mini-sd", "sampling_steps=10 lora.rank=16")     # {"dreambooth": Settings, "lora": Settings}
-    model = chosen["lora"].fine_tune("style/mimooh")
-    rows = results.run(chosen["lora"].three_arms(model))                    # direct, CFG and FineXtract, scored
+chosen = settings.load("mini-sd", "sampling_steps=10 lora.rank=16")     # {"dreambooth": Settings, "lora": Settings}
+model = chosen["lora"].fine_tune("style/mimooh")
+rows = results.run(chosen["lora"].three_arms(model))                    # direct, CFG and FineXtract, scored
 """
 
 import shlex
@@ -11,7 +11,7 @@ from pathlib import Path
 
 import yaml
 
-from fx.evaluation import Score
+from fx.evaluation import Quality, Score
 from fx.extraction import Extract
 from fx.finetune import METHODS, FineTune, TrainingItem, load_training
 from fx.sampling import Generate
@@ -81,6 +81,10 @@ class Settings:
         """The paper's comparison for one fine-tuned model, direct, CFG and FineXtract; `options` as in `score`."""
         return [self.score(model, arm, **options) for arm in ("direct", "cfg", "finextract")]
 
+    def quality(self, generate: Generate, training: tuple[TrainingItem, ...] = ()) -> Quality:
+        """CLIP-IQA and fidelity of generated images."""
+        return Quality(generate, training, self.judge, self.judge)
+
 
 def load(name: str = "mini-sd", change: str = "") -> dict[str, Settings]:
     """The settings of a section of fx/settings.yaml, by fine-tuning method.
@@ -98,7 +102,9 @@ def load(name: str = "mini-sd", change: str = "") -> dict[str, Settings]:
         key, equals, value = word.partition("=")
         method, dot, setting = key.rpartition(".")
         if not equals or (dot and method not in chosen):
-            raise ValueError(f"{word!r} in change is not setting=value or method.setting=value, method: {', '.join(chosen)}")
+            raise ValueError(
+                f"{word!r} in change is not setting=value or method.setting=value, method: {', '.join(chosen)}"
+            )
         for one in [method] if dot else chosen:
             chosen[one] = replace(chosen[one], **{setting: _value(setting, value)})
     return chosen

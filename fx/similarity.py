@@ -216,7 +216,9 @@ def describe(model: nn.Module, paths: Sequence[Path], size: int | None = None, b
     side = size or open_image(paths[0]).width
     parts = range(0, len(paths), batch_size)
     bar = tqdm(parts, "descriptors", disable=len(paths) < 2000, mininterval=2, leave=False)
-    return np.concatenate([descriptors(model, load_images(tuple(paths[i : i + batch_size]), side), batch_size) for i in bar])
+    return np.concatenate(
+        [descriptors(model, load_images(tuple(paths[i : i + batch_size]), side), batch_size) for i in bar]
+    )
 
 
 def similarity_matrix(descriptors: np.ndarray, block: int = 1024) -> np.ndarray:
