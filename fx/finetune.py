@@ -98,7 +98,8 @@ def train(
 ) -> np.ndarray:
     """Fine-tune `pipeline.unet` in place on images [n0, 3, h, w]; the loss of every step, float32 [steps].
 
-    The network learns what it predicts: eps, x0 or v; ValueError for a flow model. Killed and called again with the same
+    The network learns what it predicts: eps, x0 or v; ValueError for a flow model. Latents, noise and loss have the
+    autoencoder's precision, the draws are the same in any. Killed and called again with the same
     `scratch`, it goes on from its last checkpoint with the same result: the draws of each step come from their own seed.
     """
     noising = DDPMScheduler.from_config(pipeline.scheduler.config)
@@ -117,7 +118,7 @@ def train(
         torch.manual_seed(spec.seed * 1_000_003 + step)
         x0 = latents(torch.randint(len(images), (spec.batch_size,)))
         t = torch.randint(noising.config.num_train_timesteps, (len(x0),)).to(x0.device)
-        eps = torch.randn(x0.shape).to(x0.device)
+        eps = torch.randn(x0.shape).to(x0)
         predicted = denoise(unet, noising.add_noise(x0, eps, t), t, condition)
         loss = F.mse_loss(predicted, targets[kind](x0, eps, t))
         loss.backward()
@@ -152,13 +153,13 @@ def latent_source(pipeline: StableDiffusionPipeline, images: Tensor, transform: 
     vae, scale = pipeline.vae, pipeline.vae.config.scaling_factor
     if transform == "none":
         with torch.no_grad():
-            known = vae.encode(images.to(vae.device)).latent_dist
+            known = vae.encode(images.to(vae.device, vae.dtype)).latent_dist
         mean, std = known.mean, known.std
         return lambda chosen: (mean[chosen] + std[chosen] * torch.randn(mean[chosen].shape).to(mean.device)) * scale
 
     @torch.no_grad()
     def transformed(chosen: Tensor) -> Tensor:
-        posterior = vae.encode(TRANSFORMS[transform](images[chosen]).to(vae.device)).latent_dist
+        posterior = vae.encode(TRANSFORMS[transform](images[chosen]).to(vae.device, vae.dtype)).latent_dist
         return (posterior.mean + posterior.std * torch.randn(posterior.mean.shape).to(vae.device)) * scale
 
     return transformed
