@@ -1,5 +1,5 @@
 # make             set up the environment, then the extraction demo: one artist, three arms, a picture and the scores
-# make test        set up the environment, then the tests
+# make test        set up the environment, then the tests, two side by side (more: make test WORKERS=8)
 # make reproduce   set up the environment, then every notebook, by papermill
 # make lint        set up the environment, then ruff
 # make clean-env   delete the environment (the next command sets it up again)
@@ -8,6 +8,7 @@
 # It needs Python 3.11 or newer: another interpreter is chosen with, for example, make PYTHON3=python3.12
 
 PYTHON3 ?= python3
+WORKERS ?= 2
 VENV := .venv
 PYTHON := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
@@ -19,7 +20,7 @@ demo: $(STAMP)
 	$(PYTHON) -m fx.demo
 
 test: $(STAMP)
-	$(PYTHON) -m pytest
+	$(PYTHON) -m pytest -n $(WORKERS) --dist loadgroup
 
 reproduce: $(STAMP)
 	$(PYTHON) -m fx.reproduce

@@ -38,9 +38,12 @@ def arguments(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--method", choices=METHODS, default="dreambooth", help="how to fine-tune")
     parser.add_argument("--images", type=int, default=10, help="generated images per training image (default 10)")
     parser.add_argument("--seed", type=int, default=0, help="seed of fine-tuning and sampling (default 0)")
+    parser.add_argument("--write-figure", action="store_true", help="the picture into figures/, as README.md shows it")
     options = parser.parse_args(words)
     if options.images < 1 or options.seed < 0:
         parser.error(f"--images {options.images} must be at least 1, --seed {options.seed} at least 0")
+    if options.write_figure and options != parser.parse_args(["--write-figure"]):
+        parser.error("--write-figure is for the demo as it comes: leave out the item and every other option")
     return options
 
 
@@ -80,8 +83,8 @@ def main(words: list[str] | None = None) -> None:
 
 
 def picture_path(options: argparse.Namespace) -> Path:
-    """figures/ for the demo as it comes, the work area for everybody's own items and settings."""
-    if options == arguments([]):
+    """The work area, or with --write-figure the picture that README.md shows."""
+    if options.write_figure:
         return FIGURES / f"demo-{options.item.replace('/', '-')}-mini.png"
     name = f"{Path(options.item).name}-{options.method}-N{options.images}-seed{options.seed}.png"
     return results.RUNS / "demo" / name

@@ -132,10 +132,11 @@ def _(spec: FineTune, folder: Path) -> None:
 def train(
     pipeline: StableDiffusionPipeline, images: Tensor, captions: Sequence[str], spec: FineTune, scratch: Path
 ) -> np.ndarray:
-    """Fine-tune `pipeline.unet` in place on images [n0, 3, h, w], each under its caption; every step's loss, float32 [steps].
+    """Fine-tune `pipeline.unet` in place on images [n0, 3, h, w] under their captions [n0]; losses, float32 [steps].
 
-    The network learns what it predicts: eps, x0 or v; ValueError for a flow model. Killed and called again with the same
-    `scratch`, it goes on from its last checkpoint with the same result: the draws of each step come from their own seed.
+    The network learns what it predicts: eps, x0 or v; ValueError for a flow model. Latents, noise and loss have the
+    autoencoder's precision, the draws are the same in any. Killed and called again with the same `scratch`, it goes on
+    from its last checkpoint with the same result: the draws of each step come from their own seed.
     """
     noising = DDPMScheduler.from_config(pipeline.scheduler.config)
     targets = {"epsilon": lambda x0, eps, t: eps, "sample": lambda x0, eps, t: x0, "v_prediction": noising.get_velocity}
@@ -156,7 +157,7 @@ def train(
         chosen = torch.randint(len(images), (spec.batch_size,))
         x0 = latents(chosen)
         t = torch.randint(noising.config.num_train_timesteps, (len(x0),)).to(x0.device)
-        eps = torch.randn(x0.shape).to(x0.device)
+        eps = torch.randn(x0.shape).to(x0)
         with torch.autocast(unet.device.type, PRECISIONS[spec.precision], enabled=spec.precision != "float32"):
             predicted = denoise(unet, noising.add_noise(x0, eps, t), t, conditions(chosen))
         losses[step] = _update(F.mse_loss(predicted, targets[kind](x0, eps, t)), trained, optimizer, scaler)
@@ -213,13 +214,13 @@ def latent_source(pipeline: StableDiffusionPipeline, images: Tensor, transform: 
     vae, scale = pipeline.vae, pipeline.vae.config.scaling_factor
     if transform == "none":
         with torch.no_grad():
-            known = vae.encode(images.to(vae.device)).latent_dist
+            known = vae.encode(images.to(vae.device, vae.dtype)).latent_dist
         mean, std = known.mean, known.std
         return lambda chosen: (mean[chosen] + std[chosen] * torch.randn(mean[chosen].shape).to(mean.device)) * scale
 
     @torch.no_grad()
     def transformed(chosen: Tensor) -> Tensor:
-        posterior = vae.encode(TRANSFORMS[transform](images[chosen]).to(vae.device)).latent_dist
+        posterior = vae.encode(TRANSFORMS[transform](images[chosen]).to(vae.device, vae.dtype)).latent_dist
         return (posterior.mean + posterior.std * torch.randn(posterior.mean.shape).to(vae.device)) * scale
 
     return transformed

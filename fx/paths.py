@@ -1,5 +1,6 @@
 """Where things lie; everything is resolved from the package root, never from the working directory."""
 
+import os
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -7,7 +8,9 @@ DATA = ROOT / "data"
 DATASETS = DATA / "datasets"
 MODELS = DATA / "models"
 PAPER = DATA / "paper"
-TABLES = DATA / "results"
-FIGURES = ROOT / "figures"
+# Where tables and figures are written. FX_OUTPUTS moves both: a test run leaves the committed ones alone.
+OUTPUTS = ROOT / Path(os.environ.get("FX_OUTPUTS") or "").expanduser()
+TABLES = OUTPUTS / "data" / "results"
+FIGURES = OUTPUTS / "figures"
 NOTEBOOKS = ROOT / "notebooks"
 COMPLETE = "mini"  # the profile whose tables and figures the repository shows

@@ -191,7 +191,7 @@ def complete(name: str, profile: str = COMPLETE) -> Image | str:
 
 def save(figure: Figure, name: str, profile: str) -> Path:
     """Save as figures/<name>-<profile>.png and say where."""
-    FIGURES.mkdir(exist_ok=True)
+    FIGURES.mkdir(parents=True, exist_ok=True)
     path = FIGURES / f"{name}-{profile}.png"
     figure.savefig(path)
     return path

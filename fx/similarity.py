@@ -149,7 +149,9 @@ def descriptor_path(name: str | Path) -> tuple[Path, str | None]:
 
 
 def load_descriptor(name: str | Path, preset: str = "sscd") -> nn.Module:
-    """The descriptor network `name` (see `descriptor_path`), in eval mode and on the GPU where there is one: images [n, 3, h, w] in [-1, 1] -> [n, d].
+    """The descriptor network `name` (see `descriptor_path`) in eval mode: images [n, 3, h, w] in [-1, 1] -> [n, d].
+
+    It is on the GPU where there is one.
 
     preset: how images enter a TorchScript SSCD, one of PRESETS; the mini-sscd has its own size and ignores it.
     Raises ValueError for another preset, for a file with another SHA-256 and for one that is not TorchScript.

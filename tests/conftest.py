@@ -1,6 +1,12 @@
 """A tiny random pipeline of the stock classes, a folder of pictures and a work area of its own, for all test files."""
 
+import os
 from pathlib import Path
+
+# Tests side by side (pytest-xdist): one thread each, in the kernels and processes they start as well, set before torch is
+# imported. More threads than cores would wait for one another most of the time.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
 import pytest
@@ -16,6 +22,12 @@ from fx.models import load_pipeline
 
 settings.register_profile("fx", deadline=None)  # a busy machine is no failure
 settings.load_profile("fx")
+
+
+def pytest_collection_modifyitems(config, items):
+    """Side by side, the long tests first, so that no worker is left with one when the others have finished."""
+    if hasattr(config, "workerinput"):
+        items.sort(key=lambda item: item.get_closest_marker("long") is None)
 
 
 @pytest.fixture(scope="session")

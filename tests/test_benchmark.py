@@ -21,6 +21,7 @@ def test_ratios_are_medians_over_those_of_cfg_of_the_same_method():
     assert table.loc[("lora", "cfg"), "seconds / cfg"] == 1
 
 
+@pytest.mark.long
 def test_the_benchmark_measures_every_arm_of_both_methods(tiny_sd, capsys):
     benchmark.main(["--base", str(tiny_sd), "--images", "1", "--repeats", "1"])
     lines = capsys.readouterr().out.splitlines()

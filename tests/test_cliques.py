@@ -74,6 +74,7 @@ def brute_force(similarity, threshold):
     return result
 
 
+@pytest.mark.long
 @given(small_similarities(largest=12), st.integers(-3, 11))
 @settings(max_examples=120, deadline=None)
 def test_partition_equals_brute_force(similarity, tenths):

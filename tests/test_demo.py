@@ -18,7 +18,7 @@ from PIL import Image
 
 from fx import datasets, demo, extraction, results
 from fx.extraction import Extract
-from fx.paths import NOTEBOOKS
+from fx.paths import NOTEBOOKS, ROOT
 from fx.sampling import Generate
 
 
@@ -39,6 +39,7 @@ def test_arguments_have_defaults_that_need_no_typing():
         "method": "dreambooth",
         "images": 10,
         "seed": 0,
+        "write_figure": False,
     }
     assert options["item"] in datasets.names("style"), "the default item is a shipped one"
 
@@ -46,6 +47,7 @@ def test_arguments_have_defaults_that_need_no_typing():
 def test_arguments_are_read():
     words = ["~/photos/dog", "--caption", "a dog", "--method", "lora", "--images", "5", "--seed", "3"]
     expected = {"item": "~/photos/dog", "caption": "a dog", "method": "lora", "images": 5, "seed": 3}
+    expected["write_figure"] = False
     assert vars(demo.arguments(words)) == expected
 
 
@@ -157,12 +159,18 @@ def test_main_prints_the_scores_of_each_arm_and_saves_the_picture(finished, tmp_
         assert image.format == "PNG"
 
 
-def test_only_the_demo_as_it_comes_replaces_its_figure(finished, tmp_path):
-    assert demo.picture_path(demo.arguments([])) == tmp_path / "figures/demo-style-jonathan-dietrich-mini.png"
-    others = [["--method", "lora"], ["--seed", "1"], ["--images", "5"], ["object/rooster"]]
-    paths = {demo.picture_path(demo.arguments(words)) for words in others}
-    assert len(paths) == 4
+def test_the_picture_goes_into_the_work_area_unless_the_figure_is_asked_for(finished, tmp_path, capsys):
+    demos = [[], ["--method", "lora"], ["--seed", "1"], ["--images", "5"], ["object/rooster"]]
+    paths = {demo.picture_path(demo.arguments(words)) for words in demos}
+    assert len(paths) == 5
     assert {path.parent for path in paths} == {tmp_path / "runs/demo"}
+    figure = demo.picture_path(demo.arguments(["--write-figure"]))
+    assert figure == tmp_path / "figures/demo-style-jonathan-dietrich-mini.png"
+    assert (ROOT / "figures" / figure.name).is_file()
+    for words in demos[1:]:
+        with pytest.raises(SystemExit):
+            demo.arguments([*words, "--write-figure"])
+        assert "--write-figure is for the demo as it comes" in capsys.readouterr().err
 
 
 def test_main_refuses_a_folder_without_caption_before_any_work(finished, tmp_path):

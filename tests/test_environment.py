@@ -258,6 +258,7 @@ def make(tmp_path):
     return run
 
 
+TEST = "-m pytest -n 2 --dist loadgroup"
 INSTALL = ["-m pip install -r requirements.txt", "-m pip install --no-deps -e ."]
 
 
@@ -266,7 +267,8 @@ def test_make_installs_once_and_later_commands_reuse_it(make):
     assert status == 0
     assert calls[-3:] == [*INSTALL, "-m fx.demo"]
     assert make() == (0, ["-m fx.demo"])
-    assert make("test") == (0, ["-m pytest"])
+    assert make("test") == (0, [TEST])
+    assert make("test", "WORKERS=3") == (0, [TEST.replace("2", "3")])
     assert make("reproduce") == (0, ["-m fx.reproduce"])
 
 
@@ -277,7 +279,7 @@ def test_make_installs_again_when_the_dependencies_changed(make, tmp_path, name)
     os.utime(tmp_path / name, (newer, newer))
     status, calls = make("test")
     assert status == 0
-    assert calls[-3:] == [*INSTALL, "-m pytest"]
+    assert calls[-3:] == [*INSTALL, TEST]
     assert not any(call.startswith("-m venv") for call in calls)
 
 
@@ -285,12 +287,12 @@ def test_a_failed_installation_is_taken_up_again(make, tmp_path):
     (tmp_path / "broken").touch()
     status, calls = make("test")
     assert status != 0
-    assert "-m pytest" not in calls
+    assert TEST not in calls
     assert not (tmp_path / ".venv" / ".installed").exists()
     (tmp_path / "broken").unlink()
     status, calls = make("test")
     assert status == 0
-    assert calls[-3:] == [*INSTALL, "-m pytest"]
+    assert calls[-3:] == [*INSTALL, TEST]
 
 
 def test_clean_env_removes_the_environment_only(make, tmp_path):

@@ -155,5 +155,6 @@ def test_zero_terminal_snr_is_walked_from_its_end_and_refused_for_eps(pipelines,
     sampling.sample(pair, CAPTION, 1, "finextract", 3.0, k=(0.0, 0.1), steps=2)
 
 
+@pytest.mark.long
 def test_the_page_of_what_is_supported_says_what_the_tests_prove():
     assert supported.PAGE.read_text() == supported.page(supported.collected())

@@ -16,10 +16,11 @@ ALL = sorted(NOTEBOOKS.glob("[0-9][0-9]-*.ipynb"))
 SMOKE = [path for path in ALL if (NOTEBOOKS / "params/smoke" / f"{path.stem}.yaml").exists()]
 
 
-def run_nbval(how: str, notebook: Path, runs: Path) -> None:
+def run_nbval(how: str, notebook: Path, work: Path) -> None:
+    """Run a notebook with all that it writes in `work`, so that no other test and no committed file meets it."""
     done = subprocess.run(
         [sys.executable, "-m", "pytest", how, "-p", "no:cacheprovider", "-q", str(notebook)],
-        env=os.environ | {"FX_RUNS": str(runs)},
+        env=os.environ | {"FX_RUNS": str(work / "runs"), "FX_OUTPUTS": str(work)},
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -68,8 +69,10 @@ def test_notebook_ends_by_asserting_its_artefacts_and_tells_its_story(path):
     assert path.stat().st_size < 3 * 2**20
 
 
+@pytest.mark.long
 def test_notebook_03_refuses_more_items_than_there_are_before_any_training(tmp_path, monkeypatch):
     monkeypatch.setenv("FX_RUNS", str(tmp_path / "runs"))
+    monkeypatch.setenv("FX_OUTPUTS", str(tmp_path))
     with pytest.raises(
         papermill.PapermillExecutionError, match="style has 20 reported items: a number from 0 to 20, not 25"
     ):
@@ -98,16 +101,18 @@ def test_every_notebook_has_smoke_parameters(path):
     assert parameters(path, "smoke", {})
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("path", SMOKE, ids=lambda path: path.stem)
 def test_notebook_runs_with_smoke_parameters(path, tmp_path):
     prepared = tmp_path / path.name
     papermill.execute_notebook(path, prepared, parameters(path, "smoke", {}), prepare_only=True)
-    run_nbval("--nbval-lax", prepared, tmp_path / "runs")
+    run_nbval("--nbval-lax", prepared, tmp_path)
 
 
+@pytest.mark.long
 def test_outputs_of_notebook_02_are_exact(tmp_path):
     """The whole of it, with its own parameters: what it printed is printed again, character for character."""
     (path,) = (path for path in ALL if path.name.startswith("02"))
     if not any(cell.execution_count for cell in code_cells(path)):
         pytest.skip("notebook 02 is committed without outputs, so there is nothing to compare with")
-    run_nbval("--nbval", path, tmp_path / "runs")
+    run_nbval("--nbval", path, tmp_path)

@@ -42,7 +42,9 @@ def train(
 ) -> tuple[nn.Module, list[dict]]:
     """Minimise `loss(model, rng)["loss"]`; return the EMA model and the log (means of 20 steps a row).
 
-    precision: of the forward and backward pass (autocast); weights, optimiser and average stay in float32. State lies in `folder`/state.pt, written with a row of the log once `save_every` seconds have passed; a killed run
+    precision: of the forward and backward pass (autocast); weights, optimiser and average stay in float32.
+
+    State lies in `folder`/state.pt, written with a row of the log once `save_every` seconds have passed; a killed run
     goes on from there. The batches of step i are drawn from a generator seeded with i, so a resumed run sees what an
     uninterrupted one would have.
     """
