@@ -6,7 +6,7 @@ from pathlib import Path
 import pandas as pd
 
 from fx.metrics import bootstrap_interval, paired_interval
-from fx.paths import COMPLETE, PAPER, TABLES
+from fx.paths import COMPLETE, PAPER, SHIPPED_TABLES, TABLES
 
 
 def summarise(rows: pd.DataFrame, by: list[str], scores: list[str], seed: int = 0) -> pd.DataFrame:
@@ -69,7 +69,7 @@ def paper(number: int) -> pd.DataFrame:
 
 def complete(name: str, profile: str = COMPLETE) -> pd.DataFrame | str:
     """A table of the complete run as the repository shows it; a sentence where there is none yet."""
-    path = TABLES / profile / f"{name}.csv"
+    path = SHIPPED_TABLES / profile / f"{name}.csv"
     if not path.exists():
         return f"{path.name}: there is no complete run (fx.reproduce --profile {profile}) yet"
     return pd.read_csv(path)
