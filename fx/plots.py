@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch
 
-from fx.paths import COMPLETE, FIGURES
+from fx.paths import COMPLETE, FIGURES, SHIPPED_FIGURES
 
 ARM_COLOURS = {
     "direct": "0.55",
@@ -181,7 +181,7 @@ def method_drawing(pictures: dict[str, np.ndarray], phi: float, notes: list[str]
 
 def complete(name: str, profile: str = COMPLETE) -> Image | str:
     """A figure of the complete run as the repository shows it, for a notebook; a sentence where there is none yet."""
-    path = FIGURES / f"{name}-{profile}.png"
+    path = SHIPPED_FIGURES / f"{name}-{profile}.png"
     return (
         Image(path)
         if path.exists()
