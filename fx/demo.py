@@ -8,24 +8,15 @@ One artist of the shipped style set, by LoRA instead, or any folder of images:
 """
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
-import numpy as np
-
-from fx import plots, results
+from fx import plots, results, settings
 from fx.datasets import load_images, load_item, to_uint8
-from fx.extraction import Extract, three_arms
-from fx.finetune import METHODS, FineTune
+from fx.evaluation import Score, image_side, read_matches, scored_images, thresholds
+from fx.finetune import METHODS, TrainingItem
 from fx.paths import FIGURES
-from fx.similarity import copy_thresholds
-
-# The defaults of notebook 03, per fine-tuning method.
-CHOSEN = {
-    "dreambooth": {"learning_rate": 1.0e-5, "cfg_scale": 2.0, "finextract_scale": 5.0, "correction_scale": 0.0},
-    "lora": {"learning_rate": 2.5e-4, "cfg_scale": 3.0, "finextract_scale": 3.0, "correction_scale": 0.0},
-}
+from fx.sampling import generated_pictures
 
 
 def arguments(words: list[str] | None = None) -> argparse.Namespace:
@@ -34,9 +25,12 @@ def arguments(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "item", nargs="?", default="style/jonathan-dietrich", help="a shipped item or a folder of images"
     )
-    parser.add_argument("--caption", default="", help="training caption; a folder needs one")
+    parser.add_argument("--caption", help="training caption; a folder needs one")
     parser.add_argument("--method", choices=METHODS, default="dreambooth", help="how to fine-tune")
     parser.add_argument("--images", type=int, default=10, help="generated images per training image (default 10)")
+    parser.add_argument(
+        "--change", default="", help="other settings of fx/settings.yaml: 'sampling_steps=25 lora.rank=16'"
+    )
     parser.add_argument("--seed", type=int, default=0, help="seed of fine-tuning and sampling (default 0)")
     parser.add_argument("--write-figure", action="store_true", help="the picture into figures/, as README.md shows it")
     options = parser.parse_args(words)
@@ -47,38 +41,28 @@ def arguments(words: list[str] | None = None) -> argparse.Namespace:
     return options
 
 
-def specs(options: argparse.Namespace) -> list[Extract]:
-    """The three extractions of the demo."""
-    chosen = CHOSEN[options.method]
-    rank = 64 if options.method == "lora" else 0
-    finetune = FineTune(
-        options.item,
-        caption=options.caption,
-        method=options.method,
-        learning_rate=chosen["learning_rate"],
-        rank=rank,
-        alpha=rank,
-        seed=options.seed,
-    )
-    scales = {name: chosen[name] for name in ("cfg_scale", "finextract_scale", "correction_scale")}
-    return three_arms(finetune, options.images, seed=options.seed, **scales)
+def specs(options: argparse.Namespace) -> list[Score]:
+    """The three extractions of the demo with their scores."""
+    change = f"{options.change} images_per_training={options.images} seed={options.seed}"
+    chosen = settings.load(change=change)[options.method]
+    return chosen.three_arms(chosen.fine_tune(TrainingItem(options.item, options.caption)))
 
 
 def main(words: list[str] | None = None) -> None:
     """Run the demo and say what came out."""
     options = arguments(words)
-    item = load_item(options.item, options.caption)
+    item = load_item(options.item, options.caption or "")
+    asked = specs(options)
     print(results.environment_summary())
     print(f"{item.name}: {item.n_training} training images, caption {item.caption!r}, {options.method}")
-    asked = specs(options)
     rows = results.run(asked, description="demo")
-    loose, strict = copy_thresholds("mini-sscd")
-    print(f"\nA-ESR thresholds of mini-sscd: strict {strict:.3f}, loose {loose:.3f}\n")
+    loose, strict = thresholds(asked[0])
+    print(f"\nA-ESR thresholds of {asked[0].extract.descriptor}: strict {strict:.3f}, loose {loose:.3f}\n")
     columns = ["arm", "AS", "A-ESR_strict", "A-ESR_loose", "n_extracted", "n_generated"]
     print(rows[columns].to_string(index=False, float_format="{:.3f}".format))
     path = picture_path(options)
     path.parent.mkdir(parents=True, exist_ok=True)
-    picture(asked, item).savefig(path)
+    comparison(asked).savefig(path)
     print(f"\nEvery training image, above the extracted image of each arm that is most like it: {path}")
 
 
@@ -90,18 +74,19 @@ def picture_path(options: argparse.Namespace) -> Path:
     return results.RUNS / "demo" / name
 
 
-def picture(asked: list[Extract], item) -> plots.Figure:
+def comparison(asked: list[Score]) -> plots.Figure:
     """Training images and, per arm, the extracted image that is most like each of them, with their similarity."""
-    size = np.load(results.folder(asked[0].generate) / "images.npy", mmap_mode="r").shape[1]
-    rows, notes = {"training": to_uint8(load_images(item.training, size))}, {}
+    training = load_images(tuple(scored_images(asked[0])[0]), image_side(asked[0]))
+    rows, notes = {"training": to_uint8(training)}, {}
     for spec in asked:
-        images = np.load(results.folder(spec.generate) / "images.npy", mmap_mode="r")
-        matches = json.loads((results.folder(spec) / "matches.json").read_text())
-        label = plots.ARM_LABELS[spec.generate.arm]
-        rows[label] = images[matches["match"]]
-        notes[label] = plots.marked(np.array(matches["similarity"]), spec.loose, spec.strict)
-    title = f"{item.name}: best matches (* above the loose, ** above the strict threshold)"
-    return plots.picture_rows(rows, title, notes=notes)
+        found, generate = read_matches(spec), spec.extract.generate
+        label = plots.ARM_LABELS[generate.arm]
+        rows[label] = generated_pictures(generate, found["match"])
+        notes[label] = plots.marked(found["similarity"], *thresholds(spec))
+    names = ", ".join(part.item for part in asked[0].extract.generate.model.training)
+    return plots.picture_rows(
+        rows, f"{names}: best matches (* above the loose, ** above the strict threshold)", notes=notes
+    )
 
 
 if __name__ == "__main__":

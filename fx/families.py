@@ -43,6 +43,11 @@ class Condition:
         added = {name: value.expand(n, *value.shape[1:]) for name, value in self.added.items()}
         return Condition(self.text.expand(n, *self.text.shape[1:]), added)
 
+    def rows(self, chosen: Tensor) -> "Condition":
+        """The captions of these numbers, int64 [n], as a batch of n."""
+        added = {name: value[chosen.to(value.device)] for name, value in self.added.items()}
+        return Condition(self.text[chosen.to(self.text.device)], added)
+
     def followed_by(self, other: "Condition") -> "Condition":
         """Both as one batch."""
         added = {name: torch.cat([value, other.added[name]]) for name, value in self.added.items()}

@@ -1,10 +1,12 @@
 """Few-shot fine-tuning as in App. E: DreamBooth without prior loss, and LoRA, both on the U-Net only."""
 
-import json
+import functools
 import os
 import time
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -17,10 +19,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from fx import results
-from fx.datasets import load_images, load_item
+from fx.datasets import Item, load_images, load_item
 from fx.defenses import TRANSFORMS
 from fx.families import Condition, check_tokens, denoise, encode, image_size, prediction_type
-from fx.models import LORA_FILE, load_pipeline, load_tokenizer, model_folder
+from fx.models import LORA_FILE, PRECISIONS, load_pipeline, load_tokenizer, model_folder
 
 METHODS = ("dreambooth", "lora")
 LORA_LAYERS = ["to_q", "to_k", "to_v", "to_out.0"]  # of self- and cross-attention
@@ -28,16 +30,41 @@ SAVE_EVERY = 60.0  # seconds between checkpoints
 
 
 @dataclass(frozen=True)
-class FineTune:
-    """What to fine-tune, on which images, and how.
+class TrainingItem:
+    """Images that are learned under one caption.
 
-    item: a shipped item ("style/mimooh") or a folder of images; caption: "" for the shipped item's own.
-    steps_per_image: the optimiser sees steps_per_image * N0 images in all, in batches of `batch_size` (App. E: 200, 1).
-    rank, alpha: of the LoRA; 0 for DreamBooth. transform: "none", or a defense of fx.defenses.
+    item: a shipped item ("style/mimooh") or a folder of images; caption: None for the shipped item's own, a folder needs
+    one; first: only so many of its training images, None for all.
     """
 
     item: str
-    caption: str = ""
+    caption: str | None = None
+    first: int | None = None
+
+
+def load_training(part: TrainingItem) -> Item:
+    """The images of `part` with the caption they are learned under; ValueError if it has fewer than `first` images."""
+    item = load_item(part.item, part.caption or "")
+    if part.first is not None and not 1 <= part.first <= item.n_training:
+        raise ValueError(
+            f"{item.name} has {item.n_training} training images: first is 1 to {item.n_training}, not {part.first}"
+        )
+    return replace(item, training=item.training[: part.first])
+
+
+@dataclass(frozen=True)
+class FineTune:
+    """What to fine-tune, on which images, and how.
+
+    training: one item, or several for a mixture, in which each image keeps the caption of its item.
+    steps_per_image: the optimiser sees steps_per_image * N0 images in all, in batches of `batch_size` (App. E: 200, 1).
+    rank, alpha: of the LoRA; 0 for DreamBooth. transform: "none", or a defense of fx.defenses. precision: of the forward
+    and the backward pass ("float32", "bfloat16", "float16"); weights and optimiser are in float32 always.
+    """
+
+    VERSION: ClassVar[int] = 1
+
+    training: tuple[TrainingItem, ...]
     base: str = "mini-sd"
     method: str = "dreambooth"
     learning_rate: float = 1.0e-5
@@ -46,11 +73,18 @@ class FineTune:
     rank: int = 0
     alpha: int = 0
     transform: str = "none"
+    precision: str = "float32"
     seed: int = 0
 
     def __post_init__(self):
+        if not isinstance(self.training, tuple) or not all(isinstance(part, TrainingItem) for part in self.training):
+            raise ValueError(f"training {self.training!r} must be a tuple of TrainingItem, one or several")
+        if not self.training:
+            raise ValueError("training is empty: name at least one TrainingItem")
         if self.method not in METHODS:
             raise ValueError(f"unknown method {self.method!r}: choose from {', '.join(METHODS)}")
+        if self.precision not in PRECISIONS:
+            raise ValueError(f"unknown precision {self.precision!r}: choose from {', '.join(PRECISIONS)}")
         if not (min(self.rank, self.alpha) > 0 if self.method == "lora" else self.rank == self.alpha == 0):
             raise ValueError(f"rank {self.rank} and alpha {self.alpha}: LoRA needs both above 0, DreamBooth both 0")
         if self.transform != "none" and self.transform not in TRANSFORMS:
@@ -66,23 +100,25 @@ class FineTune:
 
 @results.inputs.register
 def _(spec: FineTune) -> dict[str, str]:
-    item = load_item(spec.item, spec.caption)
     tokenizer = load_tokenizer(spec.base)
-    check_tokens(tokenizer, item.caption, tokenizer.model_max_length)
-    images = {f"image {number}": results.sha256_of(path) for number, path in enumerate(item.training)}
-    return {"base": results.sha256_of(model_folder(spec.base)), "caption": item.caption, **images}
+    found = {"base": results.sha256_of(model_folder(spec.base))}
+    for number, part in enumerate(spec.training):
+        item = load_training(part)
+        check_tokens(tokenizer, item.caption, tokenizer.model_max_length)
+        found[f"caption {number}"] = item.caption
+        found |= {f"image {number}.{i}": results.sha256_of(path) for i, path in enumerate(item.training)}
+    return found
 
 
 @results.perform.register
 def _(spec: FineTune, folder: Path) -> None:
     """Write the fine-tuned U-Net (DreamBooth) or the LoRA, both in diffusers' layout, and losses.npy."""
-    item = load_item(spec.item, spec.caption)
+    items = [load_training(part) for part in spec.training]
     pipeline = load_pipeline(spec.base)
-    condition = encode(pipeline, item.caption)
-    images = load_images(item.training, image_size(pipeline))
-    losses = train(pipeline, images, condition, spec, results.scratch(spec))
+    images = torch.cat([load_images(item.training, image_size(pipeline)) for item in items])
+    captions = [item.caption for item in items for _ in item.training]
+    losses = train(pipeline, images, captions, spec, results.scratch(spec))
     np.save(folder / "losses.npy", losses)
-    (folder / "item.json").write_text(json.dumps({"caption": item.caption, "n_training": item.n_training}))
     if spec.method == "lora":
         layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(pipeline.unet))
         settings = pipeline.unet.peft_config["default"].to_dict()  # without them, loading takes alpha to be the rank
@@ -94,13 +130,13 @@ def _(spec: FineTune, folder: Path) -> None:
 
 
 def train(
-    pipeline: StableDiffusionPipeline, images: Tensor, condition: Condition, spec: FineTune, scratch: Path
+    pipeline: StableDiffusionPipeline, images: Tensor, captions: Sequence[str], spec: FineTune, scratch: Path
 ) -> np.ndarray:
-    """Fine-tune `pipeline.unet` in place on images [n0, 3, h, w]; the loss of every step, float32 [steps].
+    """Fine-tune `pipeline.unet` in place on images [n0, 3, h, w] under their captions [n0]; losses, float32 [steps].
 
     The network learns what it predicts: eps, x0 or v; ValueError for a flow model. Latents, noise and loss have the
-    autoencoder's precision, the draws are the same in any. Killed and called again with the same
-    `scratch`, it goes on from its last checkpoint with the same result: the draws of each step come from their own seed.
+    autoencoder's precision, the draws are the same in any. Killed and called again with the same `scratch`, it goes on
+    from its last checkpoint with the same result: the draws of each step come from their own seed.
     """
     noising = DDPMScheduler.from_config(pipeline.scheduler.config)
     targets = {"epsilon": lambda x0, eps, t: eps, "sample": lambda x0, eps, t: x0, "v_prediction": noising.get_velocity}
@@ -109,28 +145,53 @@ def train(
     unet = pipeline.unet
     trained = trained_parameters(pipeline, spec)
     optimizer = torch.optim.AdamW(trained, lr=spec.learning_rate, weight_decay=0.01, fused=True)
-    latents = latent_source(pipeline, images, spec.transform)
+    scaler = torch.amp.GradScaler(unet.device.type, enabled=spec.precision == "float16")
+    latents, conditions = latent_source(pipeline, images, spec.transform), condition_source(pipeline, captions)
     losses = np.zeros(-(-spec.steps_per_image * len(images) // spec.batch_size), np.float32)
-    start = _resume(scratch, trained, optimizer, losses)
+    start = _resume(scratch, trained, optimizer, scaler, losses)
     unet.train()
     saved = time.monotonic()
-    for step in tqdm(range(start, len(losses)), spec.item, len(losses), initial=start, mininterval=2, leave=False):
+    title = ", ".join(part.item for part in spec.training)[-40:]
+    for step in tqdm(range(start, len(losses)), title, len(losses), initial=start, mininterval=2, leave=False):
         torch.manual_seed(spec.seed * 1_000_003 + step)
-        x0 = latents(torch.randint(len(images), (spec.batch_size,)))
+        chosen = torch.randint(len(images), (spec.batch_size,))
+        x0 = latents(chosen)
         t = torch.randint(noising.config.num_train_timesteps, (len(x0),)).to(x0.device)
         eps = torch.randn(x0.shape).to(x0)
-        predicted = denoise(unet, noising.add_noise(x0, eps, t), t, condition)
-        loss = F.mse_loss(predicted, targets[kind](x0, eps, t))
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(trained, 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        losses[step] = loss.item()
+        with torch.autocast(unet.device.type, PRECISIONS[spec.precision], enabled=spec.precision != "float32"):
+            predicted = denoise(unet, noising.add_noise(x0, eps, t), t, conditions(chosen))
+        losses[step] = _update(F.mse_loss(predicted, targets[kind](x0, eps, t)), trained, optimizer, scaler)
         if time.monotonic() - saved > SAVE_EVERY:
-            _save(scratch, trained, optimizer, losses, step + 1)
+            _save(scratch, trained, optimizer, scaler, losses, step + 1)
             saved = time.monotonic()
     unet.requires_grad_(False).eval()
     return losses
+
+
+def _update(loss: Tensor, trained: list[Tensor], optimizer, scaler: torch.amp.GradScaler) -> float:
+    """One step of the optimiser, gradients clipped to norm 1; the loss as a number.
+
+    The scaler does nothing but in float16: there it scales the loss, or small gradients would vanish, and leaves out a step
+    whose gradients overflow.
+    """
+    scaler.scale(loss).backward()
+    scaler.unscale_(optimizer)
+    torch.nn.utils.clip_grad_norm_(trained, 1.0)
+    scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad(set_to_none=True)
+    return loss.item()
+
+
+def condition_source(pipeline: StableDiffusionPipeline, captions: Sequence[str]):
+    """A function from image numbers [b] to the encoded captions of these images; each caption is encoded once."""
+    different = list(dict.fromkeys(captions))
+    encoded = [encode(pipeline, caption) for caption in different]
+    if len(encoded) == 1:
+        return lambda chosen: encoded[0]
+    all_of_them = functools.reduce(Condition.followed_by, encoded)
+    row_of = torch.tensor([different.index(caption) for caption in captions])
+    return lambda chosen: all_of_them.rows(row_of[chosen])
 
 
 def trained_parameters(pipeline: StableDiffusionPipeline, spec: FineTune) -> list[Tensor]:
@@ -165,19 +226,21 @@ def latent_source(pipeline: StableDiffusionPipeline, images: Tensor, transform: 
     return transformed
 
 
-def _save(scratch: Path, trained: list[Tensor], optimizer, losses: np.ndarray, step: int) -> None:
-    state = {"step": step, "trained": trained, "optimizer": optimizer.state_dict(), "losses": torch.from_numpy(losses)}
+def _save(scratch: Path, trained: list[Tensor], optimizer, scaler, losses: np.ndarray, step: int) -> None:
+    state = {"step": step, "trained": trained, "losses": torch.from_numpy(losses)}
+    state |= {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
     torch.save(state, part := scratch / "state.pt.part")
     os.replace(part, scratch / "state.pt")
 
 
 @torch.no_grad()
-def _resume(scratch: Path, trained: list[Tensor], optimizer, losses: np.ndarray) -> int:
+def _resume(scratch: Path, trained: list[Tensor], optimizer, scaler, losses: np.ndarray) -> int:
     if not (scratch / "state.pt").exists():
         return 0
     state = torch.load(scratch / "state.pt", weights_only=True)
     for parameter, stored in zip(trained, state["trained"], strict=True):
         parameter.copy_(stored)
     optimizer.load_state_dict(state["optimizer"])
+    scaler.load_state_dict(state["scaler"])
     losses[:] = state["losses"].numpy()
     return state["step"]

@@ -56,6 +56,7 @@ SHAPES = (
     "block_out_channels",
     "joint_attention_dim",
 )
+PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 diffusers_logging.disable_progress_bar()
 transformers_logging.disable_progress_bar()
 

@@ -8,8 +8,11 @@ DATA = ROOT / "data"
 DATASETS = DATA / "datasets"
 MODELS = DATA / "models"
 PAPER = DATA / "paper"
+SHIPPED_TABLES = DATA / "results"
+SHIPPED_FIGURES = ROOT / "figures"
 # Where tables and figures are written. FX_OUTPUTS moves both: a test run leaves the committed ones alone.
 OUTPUTS = ROOT / Path(os.environ.get("FX_OUTPUTS") or "").expanduser()
 TABLES = OUTPUTS / "data" / "results"
 FIGURES = OUTPUTS / "figures"
 NOTEBOOKS = ROOT / "notebooks"
+COMPLETE = "mini"  # the profile whose tables and figures the repository shows

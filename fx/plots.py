@@ -7,14 +7,27 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import seaborn as sns
+from IPython.display import Image
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch
 
-from fx.paths import FIGURES
+from fx.paths import COMPLETE, FIGURES, SHIPPED_FIGURES
 
-ARM_COLOURS = {"direct": "0.55", "cfg": "tab:orange", "finextract": "tab:blue", "conditional_only": "tab:green"}
-ARM_LABELS = {"direct": "direct", "cfg": "CFG", "finextract": "FineXtract", "conditional_only": "conditional only"}
+ARM_COLOURS = {
+    "direct": "0.55",
+    "cfg": "tab:orange",
+    "finextract": "tab:blue",
+    "conditional_only": "tab:green",
+    "model_guidance": "tab:purple",
+}
+ARM_LABELS = {
+    "direct": "direct",
+    "cfg": "CFG",
+    "finextract": "FineXtract",
+    "conditional_only": "conditional only",
+    "model_guidance": "model guidance",
+}
 plt.style.use(Path(__file__).with_name("figure.mplstyle"))
 
 
@@ -85,10 +98,17 @@ def loss_curves(losses: dict[str, np.ndarray], window: int = 50) -> Figure:
     return figure
 
 
+def known_arms(rows: pd.DataFrame) -> list[str]:
+    """The arms in a table, in the order of figures; ValueError for one that has no colour, whose rows would be lost."""
+    if unknown := sorted(set(rows.arm) - set(ARM_COLOURS)):
+        raise ValueError(f"no colour for the arm {', '.join(unknown)}: add it to fx.plots.ARM_COLOURS and ARM_LABELS")
+    return [arm for arm in ARM_COLOURS if arm in set(rows.arm)]
+
+
 def scores_by_arm(rows: pd.DataFrame, score: str = "AS", block: str = "block") -> Figure:
     """Mean score of each arm in each block with 95% bootstrap intervals over items; single items as faint points."""
     figure, axes = plt.subplots(figsize=(7, 2.8))
-    arms = [arm for arm in ARM_COLOURS if arm in set(rows.arm)]
+    arms = known_arms(rows)
     common = {"data": rows, "x": block, "y": score, "hue": "arm", "hue_order": arms, "palette": ARM_COLOURS, "ax": axes}
     sns.stripplot(**common, dodge=True, jitter=False, alpha=0.3, size=3, legend=False)
     sns.pointplot(**common, dodge=0.53, linestyle="none", errorbar=("ci", 95), seed=0, capsize=0.06)
@@ -106,7 +126,7 @@ def score_curves(rows: pd.DataFrame, x: str, score: str = "AS", block: str = "me
     """
     blocks = list(dict.fromkeys(rows[block]))
     figure, axes = plt.subplots(1, len(blocks), figsize=(3.6 * len(blocks), 2.6), sharey=True, squeeze=False)
-    arms = [arm for arm in ARM_COLOURS if arm in set(rows.arm) and arm != "direct"]
+    arms = [arm for arm in known_arms(rows) if arm != "direct"]
     for axis, name in zip(axes[0], blocks, strict=True):
         shown = rows[rows[block] == name]
         common = {"hue": "arm", "hue_order": arms, "palette": ARM_COLOURS, "legend": name == blocks[-1]}
@@ -157,6 +177,16 @@ def method_drawing(pictures: dict[str, np.ndarray], phi: float, notes: list[str]
         arrow = FancyArrowPatch(start, end, transform=figure.transFigure, arrowstyle="-|>", mutation_scale=14)
         figure.add_artist(arrow)
     return figure
+
+
+def complete(name: str, profile: str = COMPLETE) -> Image | str:
+    """A figure of the complete run as the repository shows it, for a notebook; a sentence where there is none yet."""
+    path = SHIPPED_FIGURES / f"{name}-{profile}.png"
+    return (
+        Image(path)
+        if path.exists()
+        else f"{path.name}: there is no complete run (fx.reproduce --profile {profile}) yet"
+    )
 
 
 def save(figure: Figure, name: str, profile: str) -> Path:

@@ -1,8 +1,8 @@
 """Run the notebooks in order by papermill and so regenerate every table and figure.
 
-python -m fx.reproduce                        # all but 00, mini profile, into runs/executed/mini
-python -m fx.reproduce 03 --profile smoke
-python -m fx.reproduce 03 -p artists=20 -p objects=30
+python -m fx.reproduce                        # all but 00 as they stand: the profile quick, into runs/executed/quick
+python -m fx.reproduce --profile mini         # the complete run, whose tables and figures the repository shows
+python -m fx.reproduce 03 -p artists=5 -p change="sampling_steps=25"
 """
 
 import argparse
@@ -17,12 +17,13 @@ import yaml
 from fx.paths import NOTEBOOKS
 from fx.results import RUNS
 
+DEFAULTS = "quick"  # the profile that the notebooks' own defaults are
 NOT_BY_DEFAULT = "00"  # trains the shipped models: hours
 
 
 def profiles() -> list[str]:
-    """The parameter sets there are: mini, the notebooks' own defaults, and the folders of notebooks/params."""
-    return list(dict.fromkeys(["mini", *sorted(file.parent.name for file in NOTEBOOKS.glob("params/*/*.yaml"))]))
+    """The parameter sets there are: quick, the notebooks' own defaults, and the folders of notebooks/params."""
+    return list(dict.fromkeys([DEFAULTS, *sorted(file.parent.name for file in NOTEBOOKS.glob("params/*/*.yaml"))]))
 
 
 def find_notebooks(numbers: list[str]) -> list[Path]:
@@ -37,13 +38,13 @@ def find_notebooks(numbers: list[str]) -> list[Path]:
 def parameters(notebook: Path, profile: str, extra: dict[str, object]) -> dict[str, object]:
     """What papermill injects: params/<profile>/<notebook>.yaml, then `extra`.
 
-    ValueError for an unknown profile, a profile without a file for this notebook (mini needs none), any name that the
+    ValueError for an unknown profile, a profile without a file for this notebook (quick needs none), any name that the
     notebook's parameters cell does not know, and a value of another type than the one it has there.
     """
     if profile not in profiles():
         raise ValueError(f"unknown profile {profile!r}: choose from {', '.join(profiles())}")
     file = NOTEBOOKS / "params" / profile / f"{notebook.stem}.yaml"
-    if profile != "mini" and not file.exists():
+    if profile != DEFAULTS and not file.exists():
         raise ValueError(f"the profile {profile} has no parameters for {notebook.name}")
     given = {**((yaml.safe_load(file.read_text()) if file.exists() else None) or {}), **extra}
     known = papermill.inspect_notebook(notebook)
@@ -77,7 +78,7 @@ def main(words: list[str] | None = None) -> None:
     """Check every notebook's parameters, then run them one after the other; a failure stops there."""
     parser = argparse.ArgumentParser("python -m fx.reproduce", description=__doc__.split("\n\n")[0])
     parser.add_argument("notebooks", nargs="*", metavar="NUMBER", help="such as 01 03; default: all but 00")
-    parser.add_argument("--profile", default="mini", help=f"one of {', '.join(profiles())} (default mini)")
+    parser.add_argument("--profile", default=DEFAULTS, help=f"one of {', '.join(profiles())} (default {DEFAULTS})")
     parser.add_argument("-p", dest="extra", type=assignment, action="append", default=[], metavar="NAME=VALUE")
     parser.add_argument("--in-place", action="store_true", help="write the outputs into notebooks/ itself")
     options = parser.parse_args(words)
@@ -110,3 +111,6 @@ if __name__ == "__main__":
         main()
     except ValueError as error:
         sys.exit(f"fx.reproduce: {error}")
+    except KeyboardInterrupt:
+        print("fx.reproduce: interrupted; finished steps are kept, and the same command goes on from there", file=sys.stderr)
+        sys.exit(130)

@@ -18,15 +18,26 @@ specs), and done by a function registered for the class of the spec:
 
 Below `RUNS` lie
     <kind>/<digest>/                  a finished step; manifest.json holds its spec, its inputs and a SHA-256 per file
+    <kind>/<digest>-<n>/              the same of a step that grows (`GROWS`, below)
     <kind>/<digest>.part-<pid>-<host> a step being computed; renamed into place when it is finished
     <kind>/<digest>.set-aside-<n>     a folder that failed the check; kept for a person to look at, never read again
     scratch/<digest>/                 what a long step keeps in order to go on after an interruption
     locks/<digest>.lock               held while a step is computed, so that nobody computes it a second time meanwhile
 
-The address covers the settings and the outside content a step reads (`inputs`), not the code, or every edit would cost
-hours of fine-tuning: after changing what a step computes, delete its folders or give its spec a field that says so. A
-step that takes a second lists the files of its own code among its inputs, and is done anew when one changes. Hidden
-files (names that begin with a dot) count nowhere as content.
+The address covers the settings, the outside content a step reads (`inputs`), the addresses of the steps it builds on and
+the `VERSION` of its class (1 where it has none), not the code, or every edit would cost hours of fine-tuning: whoever
+changes what a step computes raises the VERSION of its class. A step that is nested in another enters by its address
+alone, so that the folder of an extraction says nothing about the images a model was trained on; a nested dataclass that
+is no step enters with its fields and inputs.
+
+A field that comes to an existing class later may say which of its values means what was done before it came, by
+`dataclasses.field(default="none", metadata={"absent": "none"})`: with that value it is left out of the address, and
+finished steps stay finished.
+
+A class may name one of its fields as GROWS, a number of things of which a larger one holds all of a smaller one
+(generated images). It stands at the end of the address, and `relatives` finds what was done for other numbers.
+
+Hidden files (names that begin with a dot) count nowhere as content.
 """
 
 import contextlib
@@ -59,6 +70,7 @@ RUNS: Path = Path(__file__).resolve().parents[1] / Path(os.environ.get("FX_RUNS"
 
 MANIFEST = "manifest.json"
 SCORES = "scores.json"
+LARGE = 64 * 2**20  # bytes from which on a file's SHA-256 is remembered beyond the process
 PACKAGES = ("torch", "diffusers", "transformers", "peft", "numpy", "fx")
 
 
@@ -80,8 +92,8 @@ def perform(spec, folder: Path) -> None:
 def inputs(spec) -> dict[str, str]:
     """Name -> SHA-256 (see `sha256_of`) of the outside content that `spec` reads: training images, model weights.
 
-    Registered per dataclass where a step reads any; {} otherwise. They enter the digest, so a changed image or weight
-    makes it another step. Inputs of nested specs are added by the runner and need no mention.
+    Registered per dataclass where it reads any; {} otherwise. They enter the digest, so a changed image or weight makes
+    it another step. What nested specs read needs no mention: the runner adds it.
     """
     return {}
 
@@ -90,10 +102,11 @@ def inputs(spec) -> dict[str, str]:
 
 
 def digest(spec) -> str:
-    """Content address: the first 16 hex digits of the SHA-256 of canonical JSON of the kind, fields and inputs.
+    """Content address: the first 16 hex digits of the SHA-256 of canonical JSON of kind, version, fields and inputs.
 
-    Nested specs enter with their own kind, fields and inputs. The order of fields does not matter; the type of a number
-    does (1, 1.0 and True differ). Raises TypeError for anything but a frozen dataclass of plain values.
+    A nested step enters with its own address, any other nested spec with its own kind, fields and inputs. The order of
+    fields does not matter; the type of a number does (1, 1.0 and True differ). "-<n>" follows where the class has a field
+    that GROWS. Raises TypeError for anything but a frozen dataclass of plain values.
     """
     return _address(_asked(spec))
 
@@ -108,6 +121,20 @@ def scratch(spec) -> Path:
     path = RUNS / "scratch" / digest(spec)
     path.mkdir(parents=True, exist_ok=True)
     return path
+
+
+def relatives(spec) -> list[Path]:
+    """Finished and verified folders of what `spec` asks for in other numbers of the field that GROWS, largest first."""
+    asked, field = _asked(spec), type(spec).GROWS
+    own = _place(asked)
+    found = []
+    for path in own.parent.glob(f"{own.name.rpartition('-')[0]}-*"):
+        number = path.name.rpartition("-")[2]
+        if path != own and number.isdecimal():
+            other = {**asked, "spec": {**asked["spec"], "fields": {**asked["spec"]["fields"], field: int(number)}}}
+            if not _fault(path, other):
+                found.append((int(number), path))
+    return [path for _, path in sorted(found, reverse=True)]
 
 
 def sha256_of(path: str | Path) -> str:
@@ -125,7 +152,8 @@ def sha256_of(path: str | Path) -> str:
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist, so it cannot be hashed; check the path")
     stat = path.stat()
-    return _sha256_of_file(path.absolute(), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
+    known = stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
+    return (_sha256_of_file if stat.st_size < LARGE else _sha256_of_large_file)(path.absolute(), *known)
 
 
 @functools.cache
@@ -133,6 +161,23 @@ def _sha256_of_file(path: Path, size: int, modified: int, changed: int) -> str:
     """SHA-256 of one file; size and time stamps (ns) are there to tell a rewritten file from the one already read."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sha256_of_large_file(path: Path, size: int, modified: int, changed: int) -> str:
+    """The same, remembered in RUNS/hashes by all processes: gigabytes are read once, not at every start."""
+    known = [str(path), path.stat().st_ino, size, modified, changed]
+    note = RUNS / "hashes" / f"{hashlib.sha256(_canonical(known).encode()).hexdigest()[:32]}.json"
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        entry = json.loads(note.read_bytes())
+        if entry["file"] == known and re.fullmatch("[0-9a-f]{64}", entry["sha256"]):
+            return entry["sha256"]
+    found = _sha256_of_file(path, size, modified, changed)
+    with contextlib.suppress(OSError):  # a work area that cannot be written is reported where something must be kept
+        note.parent.mkdir(parents=True, exist_ok=True)
+        part = note.with_name(f"{note.name}.part-{os.getpid()}")
+        part.write_text(json.dumps({"file": known, "sha256": found}))
+        part.replace(note)
+    return found
 
 
 def _file_hashes(root: Path) -> dict[str, str]:
@@ -155,23 +200,34 @@ def _canonical(value) -> str:
 
 
 def _asked(spec) -> dict:
-    """What identifies a step, as the manifest repeats it: {"spec": kind and fields, "inputs": name -> SHA-256}.
+    """What identifies a step, as the manifest repeats it: {"spec": kind, version and fields, "inputs": name -> SHA-256}.
 
-    An input of a nested spec carries the way to it in its name: "generate.finetune.images".
+    An input of a nested spec that is no step carries the way to it in its name: "model.checkpoint".
     """
-    described = _plain(_checked(spec), type(spec).__name__)
+    described = _plain(_checked(spec), type(spec).__name__, outermost=True)
     named = {
         ".".join((*path, name)): value
-        for path, node in _walk(spec)
-        if dataclasses.is_dataclass(node)
+        for path, node in _walk(spec, enter=lambda node: node is spec or not _is_step(node))
+        if dataclasses.is_dataclass(node) and (node is spec or not _is_step(node))
         for name, value in inputs(node).items()
     }
-    return {"spec": described, "inputs": named}
+    grows = getattr(type(spec), "GROWS", None)
+    return {"spec": described, "inputs": named} | ({"grows": grows} if grows else {})
 
 
 def _address(asked: dict) -> str:
     """The digest of what `_asked` returned."""
-    return hashlib.sha256(_canonical(asked).encode()).hexdigest()[:16]
+    spec, number = asked["spec"], ""
+    if grows := asked.get("grows"):
+        number = f"-{spec['fields'][grows]}"
+        spec = {**spec, "fields": {name: value for name, value in spec["fields"].items() if name != grows}}
+    text = _canonical({"spec": spec, "inputs": asked["inputs"]})
+    return hashlib.sha256(text.encode()).hexdigest()[:16] + number
+
+
+def _is_step(value) -> bool:
+    """Whether a function is registered that does this spec; the others only describe something."""
+    return dataclasses.is_dataclass(value) and perform.dispatch(type(value)) is not perform.dispatch(object)
 
 
 def _place(asked: dict) -> Path:
@@ -195,17 +251,27 @@ def _unknown(spec) -> str:
     )
 
 
-def _plain(value, where: str):
-    """`value` as JSON holds it: specs as {"kind", "fields"}, tuples as lists; `where` names it in the TypeError."""
+def _plain(value, where: str, outermost: bool = False):
+    """`value` as JSON holds it; `where` names it in the TypeError.
+
+    Tuples become lists, specs {"kind", "version", "fields"}, and a step that is not the outermost {"kind", "digest"}.
+    """
     if value is None or isinstance(value, (str, bool, int)) or (isinstance(value, float) and math.isfinite(value)):
         return value
     if isinstance(value, tuple):
         return [_plain(element, f"{where}[{i}]") for i, element in enumerate(value)]
     if dataclasses.is_dataclass(value):
-        fields = dataclasses.fields(_checked(value))
+        kind = type(_checked(value)).__name__.lower()
+        if not outermost and _is_step(value):
+            return {"kind": kind, "digest": digest(value)}
         return {
-            "kind": type(value).__name__.lower(),
-            "fields": {field.name: _plain(getattr(value, field.name), f"{where}.{field.name}") for field in fields},
+            "kind": kind,
+            "version": getattr(type(value), "VERSION", 1),
+            "fields": {
+                field.name: _plain(getattr(value, field.name), f"{where}.{field.name}")
+                for field in dataclasses.fields(value)
+                if field.metadata.get("absent", dataclasses.MISSING) != getattr(value, field.name)
+            },
         }
     raise TypeError(
         f"{where} is {value!r} ({type(value).__name__}); a spec holds None, str, int, float (finite), bool, "
@@ -213,19 +279,20 @@ def _plain(value, where: str):
     )
 
 
-def _walk(value, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], object]]:
+def _walk(value, path: tuple[str, ...] = (), enter=lambda node: True) -> Iterator[tuple[tuple[str, ...], object]]:
     """Every spec and every plain value in `value`, itself first, with the field names that lead there.
 
     A tuple without specs is one plain value; the elements of a tuple with specs go by "field[0]", "field[1]", ...
+    enter: whether to go on into a spec.
     """
     if isinstance(value, tuple) and _holds_spec(value):
         for i, element in enumerate(value):
-            yield from _walk(element, (*path[:-1], f"{path[-1]}[{i}]"))
+            yield from _walk(element, (*path[:-1], f"{path[-1]}[{i}]"), enter)
         return
     yield path, value
-    if dataclasses.is_dataclass(value):
+    if dataclasses.is_dataclass(value) and enter(value):
         for field in dataclasses.fields(value):
-            yield from _walk(getattr(value, field.name), (*path, field.name))
+            yield from _walk(getattr(value, field.name), (*path, field.name), enter)
 
 
 def _holds_spec(value) -> bool:

@@ -7,22 +7,28 @@ extrapolates through the second.
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+import os
+import shutil
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import torch
 from diffusers import PNDMScheduler
+from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
 from fx import guidance, results
-from fx.datasets import load_item, to_uint8
-from fx.families import SAMPLERS, decode, latent_shape, make_scheduler
+from fx.datasets import to_uint8
+from fx.families import SAMPLERS, check_tokens, decode, latent_shape, make_scheduler
 from fx.finetune import FineTune
-from fx.models import ModelPair, load_pair
+from fx.models import PRECISIONS, ModelPair, load_tokenizer
+from fx.tuned import Checkpoint, load_tuned, own_caption
 
+BLOCK = 10  # images that a Generate samples at a time: the last bits of a prediction depend on the size of its batch
 Predict = Callable[[Tensor, Tensor], Tensor]  # (x_t, t) -> prediction, both [n, c, h, w]
 Scale = float | Sequence[float] | Callable[[float], float]  # a number, one per step, or a function of the timestep
 
@@ -47,32 +53,40 @@ ARMS = {
 
 @dataclass(frozen=True)
 class Generate:
-    """What to sample: N = images_per_training * N0 images of one arm.
+    """What to sample: N = n_generated images of one arm.
 
-    guidance_scale is w' (1 for direct), correction_scale is k (finextract only), both a number or one per step; steps are
-    sampling steps. Image i owns the seed (seed, i): its starting latent is the same in every arm and does not depend on N
-    or the batch size.
+    model: where theta' comes from; caption: None for the one it was fine-tuned with, "" for none; guidance_scale is w' (1
+    for direct), correction_scale is k (finextract only), both a number or one per step; steps are sampling steps;
+    precision: of the networks ("float32", "bfloat16", "float16"), guidance is in float32 always.
+
+    Image i owns the seed (seed, i): its starting latent is the same in every arm. Images are sampled in blocks of BLOCK
+    consecutive ones, so that image i does not depend on N either, and a larger N takes over what was sampled for a
+    smaller one.
     """
 
-    finetune: FineTune
+    GROWS: ClassVar[str] = "n_generated"
+    VERSION: ClassVar[int] = 1
+
+    model: FineTune | Checkpoint
     arm: str = "finextract"
     guidance_scale: float | tuple[float, ...] = 3.0
     correction_scale: float | tuple[float, ...] = 0.0
-    images_per_training: int = 50
+    n_generated: int = 100
+    caption: str | None = None
     steps: int = 25
-    seed: int = 0
     sampler: str = "ddim"
+    precision: str = "float32"
+    seed: int = 0
 
     def __post_init__(self):
         check_arm(self.arm, self.guidance_scale, self.correction_scale)
-        if self.images_per_training < 1 or not 1 <= self.steps < 1000:
-            raise ValueError(
-                f"images_per_training {self.images_per_training} must be at least 1, steps {self.steps} within 1..999"
-            )
+        if self.n_generated < 1 or not 1 <= self.steps < 1000:
+            raise ValueError(f"n_generated {self.n_generated} must be at least 1, steps {self.steps} within 1..999")
         if self.seed < 0:
             raise ValueError(f"seed {self.seed} must be at least 0")
-        if self.sampler not in SAMPLERS:
-            raise ValueError(f"unknown sampler {self.sampler!r}: choose from {', '.join(SAMPLERS)}")
+        for name, known in (("sampler", SAMPLERS), ("precision", PRECISIONS)):
+            if getattr(self, name) not in known:
+                raise ValueError(f"unknown {name} {getattr(self, name)!r}: choose from {', '.join(known)}")
         for name in ("guidance_scale", "correction_scale"):
             values = scale_values(getattr(self, name), range(self.steps), name)
             if self.sampler == "published" and len(set(values)) > 1:
@@ -89,24 +103,85 @@ def check_arm(arm: str, w: Scale, k: Scale) -> None:
         raise ValueError(f"the correction scale {k} is a term of Eq. 13: only the arm finextract has one")
 
 
+def prompt(spec: Generate) -> str:
+    """The caption that images are sampled with; ValueError where none is given and none or several are known."""
+    if spec.caption is not None:
+        return spec.caption
+    caption = own_caption(spec.model)
+    if caption is None:
+        raise ValueError(f"no single caption is known of {spec.model}: give Generate a caption, or caption='' for none")
+    return caption
+
+
+@results.inputs.register
+def _(spec: Generate) -> dict[str, str]:
+    tokenizer = load_tokenizer(spec.model.base)
+    check_tokens(tokenizer, prompt(spec), tokenizer.model_max_length)
+    return {}
+
+
 @results.perform.register
 def _(spec: Generate, folder: Path) -> None:
-    """Write images.npy, uint8 [N, h, w, 3]."""
-    item = load_item(spec.finetune.item, spec.finetune.caption)
-    pair = load_pair(spec.finetune.base, results.complete(spec.finetune))
-    images = sample(
-        pair,
-        item.caption,
-        n=spec.images_per_training * item.n_training,
-        arm=spec.arm,
-        w=spec.guidance_scale,
-        k=spec.correction_scale,
-        steps=spec.steps,
-        seed=spec.seed,
-        sampler=spec.sampler,
-        scratch=results.scratch(spec),
+    """Write image i as <i>.png, six digits, in the work area's scratch folder first, where an interrupted run goes on.
+
+    A block is sampled whole, whatever N; its images beyond N are not kept.
+    """
+    scratch = results.scratch(spec)
+    _take_over(spec, scratch)
+    starts = [
+        first
+        for first in range(0, spec.n_generated, BLOCK)
+        if any(not picture_file(scratch, i).exists() for i in range(first, min(first + BLOCK, spec.n_generated)))
+    ]
+    if starts:
+        _sample_blocks(spec, starts, scratch)
+    for number in range(spec.n_generated):
+        os.replace(picture_file(scratch, number), picture_file(folder, number))
+
+
+def _sample_blocks(spec: Generate, starts: list[int], scratch: Path) -> None:
+    """Sample the blocks that begin at `starts` and keep their images below N in `scratch`."""
+    pair = load_tuned(spec.model, PRECISIONS[spec.precision])
+    sampler = batch_sampler(
+        pair, prompt(spec), spec.arm, spec.guidance_scale, spec.correction_scale, spec.steps, spec.sampler
     )
-    np.save(folder / "images.npy", images)
+    title = f"{spec.arm} {prompt(spec)}"[:40]
+    with tqdm(total=len(starts) * BLOCK, desc=title, mininterval=2, leave=False) as bar:
+        for first in starts:
+            for number, pixels in enumerate(sampler(range(first, first + BLOCK), spec.seed), first):
+                if number < spec.n_generated:
+                    save_picture(picture_file(scratch, number), pixels)
+            bar.update(BLOCK)
+
+
+def _take_over(spec: Generate, scratch: Path) -> None:
+    """Put what was sampled for other N into `scratch`, as links where the file system has them."""
+    for other in results.relatives(spec):
+        for file in sorted(other.glob("[0-9]*.png")):
+            if int(file.stem) < spec.n_generated and not (target := scratch / file.name).exists():
+                try:
+                    os.link(file, target)
+                except OSError:
+                    shutil.copyfile(file, part := target.with_suffix(".part"))
+                    part.rename(target)
+
+
+def picture_file(folder: Path, number: int) -> Path:
+    """Where image `number` of a finished Generate lies."""
+    return folder / f"{number:06d}.png"
+
+
+def save_picture(path: Path, pixels: np.ndarray) -> None:
+    """Write one image uint8 [h, w, 3] without loss, whole or not at all."""
+    Image.fromarray(pixels).save(part := path.with_suffix(".part"), format="PNG")
+    part.rename(path)
+
+
+def generated_pictures(spec: Generate, numbers: Sequence[int] | None = None) -> np.ndarray:
+    """Images of a finished Generate (all, or those of the given numbers), uint8 [n, h, w, 3]."""
+    folder = results.folder(spec)
+    chosen = range(spec.n_generated) if numbers is None else numbers
+    return np.stack([np.asarray(Image.open(picture_file(folder, number))) for number in chosen])
 
 
 # The core: two predictions, one walk
@@ -234,9 +309,9 @@ def predictor(pair: ModelPair, caption: str, arm: str):
     return pair.predictions(ARMS[arm].reference, ARMS[arm].target, caption)
 
 
-def starting_latents(shape: tuple[int, ...], seed: int, first: int, last: int) -> Tensor:
-    """x_T of images first..last-1, float32 [last - first, *shape] standard normal; image i draws from (seed, i)."""
-    draws = [np.random.default_rng([seed, index]).standard_normal(shape, np.float32) for index in range(first, last)]
+def starting_latents(shape: tuple[int, ...], seed: int, numbers: Sequence[int]) -> Tensor:
+    """x_T of the images of these numbers, float32 [n, *shape] standard normal; image i draws from (seed, i)."""
+    draws = [np.random.default_rng([seed, number]).standard_normal(shape, np.float32) for number in numbers]
     return torch.from_numpy(np.stack(draws))
 
 
@@ -252,41 +327,60 @@ def sample(
     sampler: str = "ddim",
     batch_size: int = 50,
     decode_chunk: int = 16,
-    scratch: Path | None = None,
     callback: Callable[[int, Tensor], None] | None = None,
 ) -> np.ndarray:
     """Sample n images of one arm, uint8 [n, h, w, 3].
 
-    sampler: see `fx.families.make_scheduler`; "published" reproduces the authors' code, see `ReleasedDDIM`. Finished
-    batches lie in `scratch` and are not sampled again. A batch that does not fit into memory is halved. `decode_chunk`
-    images are decoded at a time.
+    sampler: see `fx.families.make_scheduler`; "published" reproduces the authors' code, see `ReleasedDDIM`. A batch that
+    does not fit into memory is halved. `decode_chunk` images are decoded at a time. `callback` as in `sample_latents`.
     """
+    of_batch = batch_sampler(pair, caption, arm, w, k, steps, sampler, decode_chunk, callback)
+    images = []
+    with tqdm(total=n, desc=f"{arm} {caption}"[:40], mininterval=2, leave=False) as bar:
+        for first in range(0, n, batch_size):
+            images.append(of_batch(range(first, min(first + batch_size, n)), seed))
+            bar.update(len(images[-1]))
+    return np.concatenate(images)
+
+
+def batch_sampler(
+    pair: ModelPair,
+    caption: str,
+    arm: str,
+    w: Scale,
+    k: Scale,
+    steps: int,
+    sampler: str,
+    decode_chunk: int = 16,
+    callback: Callable[[int, Tensor], None] | None = None,
+) -> Callable[[Sequence[int], int], np.ndarray]:
+    """A function (numbers of images [n], seed) -> the images, uint8 [n, h, w, 3]; arguments as in `sample`."""
     check_arm(arm, w, k)
     scheduler = arm_scheduler(pair.tuned, sampler, arm)
     predict = predictor(pair, caption, arm)
     walked = functools.partial(walk, predict, scheduler=scheduler, steps=steps, w=w, k=k, callback=callback)
-    images, bar = [], tqdm(total=n, desc=f"{arm} {caption}"[:40], mininterval=2, leave=False)
-    while (first := sum(map(len, images))) < n:
-        file = scratch / f"{first:06d}.npy" if scratch else None
-        if file and file.exists():
-            images.append(np.load(file))
-        else:
-            try:
-                images.append(_sample_batch(pair, walked, first, min(first + batch_size, n), seed, decode_chunk))
-            except torch.OutOfMemoryError:
-                if batch_size == 1:
-                    raise
-                torch.cuda.empty_cache()
-                batch_size //= 2
-                continue
-            if file:
-                np.save(part := file.with_suffix(".part.npy"), images[-1])
-                part.rename(file)
-        bar.update(len(images[-1]))
-    bar.close()
-    return np.concatenate(images)
+
+    def of_batch(numbers: Sequence[int], seed: int) -> np.ndarray:
+        return np.concatenate(
+            list(_halved(lambda part: _sample_batch(pair, walked, part, seed, decode_chunk), numbers))
+        )
+
+    return of_batch
 
 
-def _sample_batch(pair: ModelPair, walked, first: int, last: int, seed: int, decode_chunk: int) -> np.ndarray:
-    x = starting_latents(latent_shape(pair.tuned), seed, first, last).to(pair.tuned.device)
+def _halved(do: Callable[[Sequence[int]], np.ndarray], numbers: Sequence[int]) -> Iterator[np.ndarray]:
+    """`do` of all numbers at once, or, as long as memory does not suffice, of one half after the other."""
+    try:
+        yield do(numbers)
+    except torch.OutOfMemoryError:
+        if len(numbers) == 1:
+            raise
+        torch.cuda.empty_cache()
+        middle = len(numbers) // 2
+        yield from _halved(do, numbers[:middle])
+        yield from _halved(do, numbers[middle:])
+
+
+def _sample_batch(pair: ModelPair, walked, numbers: Sequence[int], seed: int, decode_chunk: int) -> np.ndarray:
+    x = starting_latents(latent_shape(pair.tuned), seed, numbers).to(pair.tuned.device)
     return to_uint8(decode(pair.tuned, walked(x), decode_chunk))

@@ -7,6 +7,7 @@ shipped `mini-sscd`, in the role of SSCD (Pizzi et al., 2022), whose published T
 import json
 import re
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,8 @@ from torch.nn import functional as F
 from torchvision.transforms import v2
 from tqdm import tqdm
 
+from fx.datasets import load_images, open_image
+from fx.models import device
 from fx.paths import MODELS
 from fx.results import sha256_of
 
@@ -148,6 +151,8 @@ def descriptor_path(name: str | Path) -> tuple[Path, str | None]:
 def load_descriptor(name: str | Path, preset: str = "sscd") -> nn.Module:
     """The descriptor network `name` (see `descriptor_path`) in eval mode: images [n, 3, h, w] in [-1, 1] -> [n, d].
 
+    It is on the GPU where there is one.
+
     preset: how images enter a TorchScript SSCD, one of PRESETS; the mini-sscd has its own size and ignores it.
     Raises ValueError for another preset, for a file with another SHA-256 and for one that is not TorchScript.
     """
@@ -155,14 +160,14 @@ def load_descriptor(name: str | Path, preset: str = "sscd") -> nn.Module:
         raise ValueError(f"unknown preset {preset!r}: choose one of {', '.join(PRESETS)}")
     path, digest = descriptor_path(name)
     if digest is None:
-        return MiniSSCD.from_pretrained(path)
+        return MiniSSCD.from_pretrained(path).to(device())
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # torch deprecates the format of SSCD's published files
             network = torch.jit.load(path, map_location="cpu")
     except RuntimeError as error:
         raise ValueError(f"{path} is not a TorchScript file: {str(error).splitlines()[0]}") from None
-    return SSCD(network, preset).eval()
+    return SSCD(network, preset).eval().to(device())
 
 
 def copy_thresholds(name: str | Path) -> tuple[float, float]:
@@ -200,6 +205,22 @@ def descriptors(model: nn.Module, images: Tensor, batch_size: int = 64) -> np.nd
         for module, training in modes.items():
             module.training = training
     return torch.cat(found).numpy()
+
+
+def describe(model: nn.Module, paths: Sequence[Path], size: int | None = None, batch_size: int = 64) -> np.ndarray:
+    """Descriptors float32 [n, d] of image files, of which no more than `batch_size` are in memory at a time.
+
+    size: images are resized and cropped to squares of this side (`fx.datasets.load_images`), those of a fine-tuning as
+    they were learned; None for images that are all of one size and squares, which are taken as they are.
+    """
+    if not paths:
+        raise ValueError("there are no images to describe")
+    side = size or open_image(paths[0]).width
+    parts = range(0, len(paths), batch_size)
+    bar = tqdm(parts, "descriptors", disable=len(paths) < 2000, mininterval=2, leave=False)
+    return np.concatenate(
+        [descriptors(model, load_images(tuple(paths[i : i + batch_size]), side), batch_size) for i in bar]
+    )
 
 
 def similarity_matrix(descriptors: np.ndarray, block: int = 1024) -> np.ndarray:

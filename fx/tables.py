@@ -6,7 +6,7 @@ from pathlib import Path
 import pandas as pd
 
 from fx.metrics import bootstrap_interval, paired_interval
-from fx.paths import PAPER, TABLES
+from fx.paths import COMPLETE, PAPER, SHIPPED_TABLES, TABLES
 
 
 def summarise(rows: pd.DataFrame, by: list[str], scores: list[str], seed: int = 0) -> pd.DataFrame:
@@ -60,10 +60,18 @@ def paired_difference(
 
 
 def paper(number: int) -> pd.DataFrame:
-    """The numbers of the paper's Table `number` (1-11) as reported; what the text lost is NaN."""
+    """The numbers of the paper's Table `number` (1-11) as reported; what it marks "N.A." (Table 10) is NaN."""
     path = PAPER / f"table{number:02d}.csv"
     if not path.exists():
         raise FileNotFoundError(f"no table {number}: data/paper holds the paper's Tables 1 to 11")
+    return pd.read_csv(path)
+
+
+def complete(name: str, profile: str = COMPLETE) -> pd.DataFrame | str:
+    """A table of the complete run as the repository shows it; a sentence where there is none yet."""
+    path = SHIPPED_TABLES / profile / f"{name}.csv"
+    if not path.exists():
+        return f"{path.name}: there is no complete run (fx.reproduce --profile {profile}) yet"
     return pd.read_csv(path)
 
 

@@ -157,7 +157,16 @@ def test_citation_has_the_version_and_licence_of_pyproject():
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
     project = tomllib.loads(PROJECT)["project"]
     assert (str(citation["version"]), citation["license"]) == (project["version"], project["license"])
-    assert citation["references"][0]["title"].startswith("Revealing the Unseen")
+
+
+def test_citation_and_readmes_name_the_paper_as_published():
+    paper = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))["preferred-citation"]
+    assert (paper["type"], paper["year"]) == ("conference-paper", 2025)
+    where = f"{paper['publisher']['name']} {paper['volume']}:{paper['start']}–{paper['end']}"
+    for file in ("README.md", "data/paper/README.md"):
+        text = " ".join((ROOT / file).read_text(encoding="utf-8").split())
+        for part in (paper["title"], where, paper["identifiers"][0]["value"]):
+            assert part in text, (file, part)
 
 
 # the checks themselves, on bad input

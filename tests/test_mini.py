@@ -28,7 +28,7 @@ from safetensors.torch import load_file
 from scipy.special import log_softmax
 from torch import nn
 from torch.nn import functional as F
-from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
+from transformers import AutoImageProcessor, CLIPConfig, CLIPModel, CLIPTokenizer
 
 from fx import datasets
 from fx.mini import clip, corpus, items, pictures, sd, sscd, training, vae
@@ -1342,6 +1342,8 @@ def test_save_writes_half_precision_folders_that_load_again(tokenizer, tmp_path)
     for part in ("unet", "vae", "text_encoder"):
         before, after = getattr(pipeline, part).state_dict(), getattr(loaded, part).state_dict()
         assert all(torch.equal(before[name].half().float(), after[name].float()) for name in before), part
+    prepared = AutoImageProcessor.from_pretrained(tmp_path / "mini-clip")([np.full((80, 80, 3), 255, np.uint8)])
+    assert torch.equal(prepared["pixel_values"][0], torch.ones(3, 64, 64))
     again = CLIPModel.from_pretrained(tmp_path / "mini-clip", dtype=torch.float32)
     assert torch.equal(again.visual_projection.weight, tower.visual_projection.weight.half().float())
     for folder in ("mini-clip", "mini-sd/tokenizer"):

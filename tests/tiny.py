@@ -1,5 +1,6 @@
 """Tiny random models of the real classes, in the layouts that people publish: one builder per family."""
 
+import json
 from pathlib import Path
 
 import torch
@@ -17,11 +18,18 @@ from diffusers import (
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import (
+    CLIPConfig,
+    CLIPImageProcessor,
+    CLIPModel,
     CLIPTextConfig,
     CLIPTextModel,
     CLIPTextModelWithProjection,
     CLIPTokenizer,
+    Dinov2Config,
+    Dinov2Model,
     PreTrainedTokenizerFast,
+    ViTConfig,
+    ViTModel,
 )
 
 from fx.families import AltConfig, AltTextEncoder
@@ -175,4 +183,51 @@ def save(family: str, folder: Path, seed: int = 0) -> Path:
             "AltTextEncoder", "RobertaSeriesModelWithTransformation"
         )
         index.write_text(text)
+    return folder
+
+
+def clip(tokenizer: CLIPTokenizer, **settings) -> CLIPModel:
+    """An untrained CLIP of two towers for 32 px images; weights larger than usual, so that images differ."""
+    special = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    tower = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    text = tower | special | {"vocab_size": len(tokenizer), "max_position_embeddings": MAX_TOKENS}
+    vision = tower | {"image_size": 32, "patch_size": 8}
+    config = CLIPConfig(
+        text_config=text, vision_config=vision, projection_dim=24, logit_scale_init_value=1.6, **settings
+    )
+    return spread(CLIPModel(config))
+
+
+def vit(kind: str) -> ViTModel | Dinov2Model:
+    """An untrained ViT as DINO ("vit", without pooling layer) or DINOv2 ("dinov2") publishes it, for 32 px images."""
+    size = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    size |= {"image_size": 32, "patch_size": 8}
+    if kind == "vit":
+        return spread(ViTModel(ViTConfig(**size), add_pooling_layer=False))
+    return spread(Dinov2Model(Dinov2Config(**size)))
+
+
+def spread(model):
+    """The model with larger weights, so that what goes in shows in what comes out."""
+    with torch.no_grad():
+        for weight in model.parameters():
+            if weight.ndim > 1:
+                weight.mul_(4)
+    return model
+
+
+def save_judge(kind: str, folder: Path, seed: int = 0, **settings) -> Path:
+    """A judge of `fx.quality` ("clip", "vit" or "dinov2") with its processor, laid out as the published ones are."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = clip(byte_tokenizer(), **settings) if kind == "clip" else vit(kind)
+    model.save_pretrained(folder)
+    if kind == "clip":
+        byte_tokenizer().save_pretrained(folder)
+    if kind == "vit":  # word for word the keys of facebook/dino-vits16, older than today's processors
+        values = {"do_normalize": True, "do_resize": True, "feature_extractor_type": "ViTFeatureExtractor"}
+        values |= {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225], "resample": 2, "size": 32}
+        (folder / "preprocessor_config.json").write_text(json.dumps(values))
+    else:
+        CLIPImageProcessor(size={"shortest_edge": 32}, crop_size=32).save_pretrained(folder)
     return folder

@@ -12,9 +12,10 @@ import torch.nn.functional as F
 from tokenizers import Tokenizer, models, trainers
 from tokenizers.pre_tokenizers import ByteLevel
 from torch import Tensor
-from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
+from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTokenizer
 
 from fx.mini.pictures import corrupt, jitter, to_float
+from fx.quality import antonym_scores
 
 MAX_TOKENS = 32
 VOCABULARY = 4096
@@ -66,7 +67,15 @@ def build(tokenizer: CLIPTokenizer) -> CLIPModel:
         "pad_token_id": tokenizer.pad_token_id,
     }
     vision = {**tower, "num_hidden_layers": 5, "image_size": 64, "patch_size": 16}
-    return CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=128))
+    prompts = {"quality_prompts": [GOOD, BAD]}  # where fx.quality looks for them
+    return CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=128, **prompts))
+
+
+def image_processor(model: CLIPModel) -> CLIPImageProcessor:
+    """How images of any size enter a mini-clip: the shorter side resized to its own, centre crop, values in [-1, 1]."""
+    side = model.config.vision_config.image_size
+    half = [0.5, 0.5, 0.5]
+    return CLIPImageProcessor(size={"shortest_edge": side}, crop_size=side, image_mean=half, image_std=half)
 
 
 def tokenize(tokenizer: CLIPTokenizer, captions: list[str]) -> Tensor:
@@ -108,14 +117,14 @@ def contrastive_loss(
 def quality_scores(model: CLIPModel, tokenizer: CLIPTokenizer, pictures: Tensor, seed: int = 0) -> dict[str, float]:
     """Mean CLIP-IQA score (Wang et al., 2023) of pictures as they are and corrupted, each in 0..1.
 
-    The score is the softmax over the cosines, times the model's temperature, with a good and a bad picture's prompt.
+    The score is that of `fx.quality.clip_iqa`, with a good and a bad picture's prompt.
     """
-    prompts = F.normalize(model.get_text_features(tokenize(tokenizer, [GOOD, BAD])).pooler_output, dim=1)
+    prompts = model.get_text_features(tokenize(tokenizer, [GOOD, BAD])).pooler_output
     clean = to_float(pictures)
     scores = {}
     for name, images in (("clean", clean), ("corrupted", corrupt(clean, torch.Generator().manual_seed(seed)))):
-        features = F.normalize(model.get_image_features(pixel_values=images).pooler_output, dim=1)
-        scores[name] = (model.logit_scale.exp() * features @ prompts.T).softmax(dim=1)[:, 0]
+        features = model.get_image_features(pixel_values=images).pooler_output
+        scores[name] = antonym_scores(features, prompts, model.logit_scale.exp())
     better = (scores["clean"] > scores["corrupted"]).float().mean().item()
     return {name: value.mean().item() for name, value in scores.items()} | {"clean scores higher": better}
 

@@ -12,7 +12,7 @@ from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNe
 from torch import Tensor
 from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer
 
-from fx.mini.clip import tokenize
+from fx.mini.clip import image_processor, tokenize
 from fx.mini.pictures import to_float
 
 
@@ -74,7 +74,7 @@ def diffusion_loss(latents: Tensor, choices: list[list[int]], texts: Tensor, emp
         context[torch.rand(batch, generator=rng) < 0.1] = empty.float()
         x, t = latents[chosen], torch.randint(1000, (batch,), generator=rng)
         eps = torch.randn(x.shape, generator=rng)
-        predicted = model(noising.add_noise(x, eps, t), t, context).sample
+        predicted = model(noising.add_noise(x, eps, t), t, context).sample.float()
         error = F.mse_loss(predicted, eps, reduction="none").mean(dim=(1, 2, 3))
         return {"loss": (weights[t] * error).mean(), "mse": error.mean()}
 
@@ -119,6 +119,7 @@ def save(folder: Path, pipeline: StableDiffusionPipeline, clip: CLIPModel) -> No
         shutil.rmtree(folder / name, ignore_errors=True)
     copy.deepcopy(clip).half().save_pretrained(folder / "mini-clip")
     pipeline.tokenizer.save_pretrained(folder / "mini-clip")
+    image_processor(clip).save_pretrained(folder / "mini-clip")
     half = copy.deepcopy(pipeline).to(torch.float16)
     half.save_pretrained(folder / "mini-sd")
     (folder / "mini-sd/vae").rename(folder / "mini-vae")

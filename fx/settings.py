@@ -1,0 +1,121 @@
+"""Chosen settings, all in one file (fx/settings.yaml), and the specs that follow from them.
+
+chosen = settings.load("mini-sd", "sampling_steps=10 lora.rank=16")     # {"dreambooth": Settings, "lora": Settings}
+model = chosen["lora"].fine_tune("style/mimooh")
+rows = results.run(chosen["lora"].three_arms(model))                    # direct, CFG and FineXtract, scored
+"""
+
+import shlex
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+
+import yaml
+
+from fx.evaluation import Quality, Score
+from fx.extraction import Extract
+from fx.finetune import METHODS, FineTune, TrainingItem, load_training
+from fx.sampling import Generate
+from fx.tuned import Checkpoint, own_training
+
+FILE = Path(__file__).with_suffix(".yaml")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything that an experiment with one fine-tuning method is run with, but for what it varies.
+
+    base, descriptor, judge: names of the base model, of the copy-detection network and of the network that judges quality;
+    images_per_training: N / N0; the others are fields of FineTune and Generate, or w' and k of an arm.
+    """
+
+    method: str
+    base: str
+    descriptor: str
+    judge: str
+    images_per_training: int
+    sampling_steps: int
+    sampler: str
+    precision: str
+    steps_per_image: int
+    batch_size: int
+    training_precision: str
+    learning_rate: float
+    cfg_scale: float
+    finextract_scale: float
+    correction_scale: float
+    rank: int = 0
+    alpha: int = 0
+    seed: int = 0
+
+    def fine_tune(self, *training: str | TrainingItem, **changes) -> FineTune:
+        """The fine-tuning on these items, names or TrainingItems; `changes` are other fields of the FineTune."""
+        items = tuple(TrainingItem(part) if isinstance(part, str) else part for part in training)
+        own = ("base", "method", "learning_rate", "steps_per_image", "batch_size", "rank", "alpha", "seed")
+        given = {name: getattr(self, name) for name in own} | {"precision": self.training_precision}
+        return FineTune(items, **(given | changes))
+
+    def generate(self, model: FineTune | Checkpoint, arm: str, n_generated: int, **changes) -> Generate:
+        """N images of one arm, w' and k as chosen for it; `changes` are other fields of the Generate."""
+        given = {"steps": self.sampling_steps, "sampler": self.sampler, "precision": self.precision, "seed": self.seed}
+        return Generate(model, arm, *self.guidance(arm), n_generated, **(given | changes))
+
+    def guidance(self, arm: str) -> tuple[float, float]:
+        """w' and k of an arm: none for direct, CFG its own, every other FineXtract's; k is a term of FineXtract only."""
+        scales = {"direct": 1.0, "cfg": self.cfg_scale}
+        return scales.get(arm, self.finextract_scale), self.correction_scale if arm == "finextract" else 0.0
+
+    def score(self, model: FineTune | Checkpoint, arm: str, n_training: int | None = None, n_generated: int | None = None,
+              training: tuple[TrainingItem, ...] = (), rule: str = "paper", **changes) -> Score:  # fmt: skip
+        """The extraction by one arm and its scores.
+
+        n_training: None for the number of images of `training`, or else of those the model was fine-tuned on; n_generated:
+        None for N / N0 times that number; `changes` are other fields of the Generate.
+        """
+        scored = training or own_training(model)
+        n_training = n_training or sum(load_training(part).n_training for part in scored)
+        n_generated = n_generated or self.images_per_training * n_training
+        generate = self.generate(model, arm, n_generated, **changes)
+        return Score(Extract(generate, n_training, self.descriptor, rule=rule), training)
+
+    def three_arms(self, model: FineTune | Checkpoint, **options) -> list[Score]:
+        """The paper's comparison for one fine-tuned model, direct, CFG and FineXtract; `options` as in `score`."""
+        return [self.score(model, arm, **options) for arm in ("direct", "cfg", "finextract")]
+
+    def quality(self, generate: Generate, training: tuple[TrainingItem, ...] = ()) -> Quality:
+        """CLIP-IQA and fidelity of generated images."""
+        return Quality(generate, training, self.judge, self.judge)
+
+
+def load(name: str = "mini-sd", change: str = "") -> dict[str, Settings]:
+    """The settings of a section of fx/settings.yaml, by fine-tuning method.
+
+    change: settings to replace, "name=value" for all methods or "method.name=value" for one, separated by blanks:
+    "sampling_steps=10 lora.rank=16" (quotation marks keep the blanks of a value). Raises ValueError for an unknown
+    section, method or setting and for a value of another type.
+    """
+    sections = yaml.safe_load(FILE.read_text())
+    if name not in sections:
+        raise ValueError(f"no settings {name!r}: fx/settings.yaml has {', '.join(sections)}")
+    common = {key: value for key, value in sections[name].items() if key not in METHODS}
+    chosen = {m: Settings(m, **common | sections[name][m]) for m in METHODS if m in sections[name]}
+    for word in shlex.split(change):
+        key, equals, value = word.partition("=")
+        method, dot, setting = key.rpartition(".")
+        if not equals or (dot and method not in chosen):
+            raise ValueError(
+                f"{word!r} in change is not setting=value or method.setting=value, method: {', '.join(chosen)}"
+            )
+        for one in [method] if dot else chosen:
+            chosen[one] = replace(chosen[one], **{setting: _value(setting, value)})
+    return chosen
+
+
+def _value(setting: str, text: str) -> str | int | float:
+    """The text as the type of that setting; ValueError if there is no such setting or the text is none of its values."""
+    kinds = {field.name: field.type for field in fields(Settings) if field.name != "method"}
+    if setting not in kinds:
+        raise ValueError(f"unknown setting {setting!r}: choose from {', '.join(kinds)}")
+    try:
+        return kinds[setting](text)
+    except ValueError:
+        raise ValueError(f"the setting {setting} takes {kinds[setting].__name__} values, not {text!r}") from None
