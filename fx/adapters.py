@@ -72,7 +72,7 @@ def add(first: DiffusionPipeline, path: Path, kind: str) -> DiffusionPipeline:
         _add_file(second, file)
     if not changes(network(first), network(second)):
         raise ValueError(
-            f"{path}: the LoRA changes nothing in the {network_name(first)}, as its layers come to zero: theta' would be theta"
+            f"{path}: the LoRA changes nothing in the {network_name(first)}, its layers are zero: theta' would be theta"
         )
     return second
 
@@ -332,7 +332,9 @@ def _peft_names(layers: dict[str, Layer], file: Path) -> dict[str, Tensor]:
     endings |= {"magnitude": "lora_magnitude_vector"}
     if other := sorted({word for layer in layers.values() for word in layer} - endings.keys()):
         raise ValueError(f"{file} has peft's settings in its header ({SETTINGS_ENTRY}) and {other[0]} beside them")
-    return {f"{name}.{endings[word]}": value for name, layer in layers.items() for word, value in layer.items()}
+    return {
+        f"{PEFT_PREFIX}{name}.{endings[word]}": value for name, layer in layers.items() for word, value in layer.items()
+    }
 
 
 # settings of a LoRA that peft's layers in the network itself obey, and those that say nothing about its weights
@@ -363,9 +365,10 @@ def peft_config(settings: dict, model: nn.Module, file: Path) -> PeftConfig:
     return kind(**chosen | {"task_type": None})
 
 
-def _own_name(name: str, model: nn.Module) -> str:
-    """A module's name in this model: transformers 5 has taken "text_model." out of CLIPTextModel's."""
-    return name if hasattr(model, "text_model") else name.removeprefix("text_model.")
+def _own_name(name: str, model: nn.Module, prefix: str = "") -> str:
+    """A module's name, after a prefix, in this model: transformers 5 has taken "text_model." out of CLIPTextModel's."""
+    before = f"{prefix}text_model."
+    return prefix + name[len(before) :] if name.startswith(before) and not hasattr(model, "text_model") else name
 
 
 def is_shared(config: PeftConfig, file: Path) -> bool:
@@ -376,9 +379,9 @@ def is_shared(config: PeftConfig, file: Path) -> bool:
     if not isinstance(config, LoraConfig) or config.peft_type != "LORA":
         return False
     begun = config.init_lora_weights
-    if begun not in KEEPS_BASE and not str(begun).lower().startswith(REDONE):
+    if begun not in (*KEEPS_BASE, *REDONE):
         raise ValueError(
-            f"{file} was begun by init_lora_weights={begun!r}, which changes the base weights by data that are not in it: "
+            f"{file} was begun by init_lora_weights={begun!r}, which changes the base weights in a way that is not in it: "
             "save it by save_pretrained(path_initial_model_for_weight_conversion=…)"
         )
     plain, settings = LoraConfig().to_dict(), config.to_dict()
@@ -389,14 +392,13 @@ def is_shared(config: PeftConfig, file: Path) -> bool:
 def from_settings(model: nn.Module, settings: dict, state: dict[str, Tensor], file: Path) -> nn.Module:
     """The model with an adapter as peft puts it there: the model itself, or a copy with the adapter in its weights."""
     config = peft_config(settings, model, file)
-    state = {_own_name(name.removeprefix(PEFT_PREFIX), model): value for name, value in state.items()}
+    state = {_own_name(name, model, PEFT_PREFIX): value for name, value in state.items()}
     if is_shared(config, file):
         config.init_lora_weights = True
-        return _put(model, config, state, file)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)  # some ways to begin are random; what they leave is overwritten, or almost the same
+        return _put(model, config, {name.removeprefix(PEFT_PREFIX): state[name] for name in state}, file)
+    with torch.random.fork_rng(devices=[]):  # what is random in the beginning is overwritten
         wrapped = get_peft_model(copy.deepcopy(model), config)
-    _fill(wrapped, {PEFT_PREFIX + name: value for name, value in state.items()}, file)
+    _fill(wrapped, state, file)
     return wrapped.eval().merge_and_unload(safe_merge=True).requires_grad_(False)
 
 
