@@ -107,7 +107,11 @@ def test_chosen_settings_stand_in_one_file_only(path):
     assert 'change = ""' in tagged.source
     others = "\n".join(cell.source for cell in code_cells(path) if not is_parameters(cell))
     assert "settings.load(settings_name, change)" in others
-    assert not [name for name in ("mini-sd", "mini-sscd", "mini-clip") if name in others]
+    named = [node.value for node in ast.walk(ast.parse(others)) if isinstance(node, ast.Constant)]
+    assert not {"mini-sscd", "mini-clip"} & set(named)
+    loaded = [node for node in ast.walk(ast.parse(others)) if isinstance(node, ast.Call) and node.args]
+    loaded = [node.args[0] for node in loaded if ast.unparse(node.func).rpartition(".")[2].startswith("load_")]
+    assert not [node.value for node in loaded if isinstance(node, ast.Constant)], "load what the settings name"
 
 
 @pytest.mark.parametrize("path", ALL, ids=lambda path: path.stem)
