@@ -202,7 +202,7 @@ def chosen_rates() -> set[float]:
 
 
 def test_the_chosen_learning_rates_stand_in_no_other_module():
-    """But for the default of FineTune, which is what the file says for DreamBooth."""
+    """But for the default of FineTune, which holds without any settings."""
     assert written_numbers("a 1.0e-5 b 2.5E-4, 0.00025; 3e4 0.5 1.5") == {1e-5, 2.5e-4}
     found = {}
     for path in sorted((ROOT / "fx").glob("*.py")):
