@@ -1,6 +1,8 @@
 """fx.tables: means, intervals and paired differences against pandas and SciPy, and the files of data/."""
 
 import re
+import runpy
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -9,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import bootstrap
 
-from fx import tables
+from fx import paths, tables
 from fx.paths import COMPLETE, PAPER, ROOT, TABLES
 
 
@@ -165,6 +167,19 @@ def test_save_writes_what_reads_back_to_six_digits(tmp_path, monkeypatch):
     assert "0.333333," in path.read_text()
     assert tables.save(rows[:1], "table01", "smoke") == path
     assert len(pd.read_csv(path)) == 1
+
+
+@pytest.mark.parametrize(
+    ("value", "place"), [(None, ROOT), ("", ROOT), ("some/place", ROOT / "some/place"), ("/a/place", Path("/a/place"))]
+)
+def test_fx_outputs_moves_tables_and_figures(value, place, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)  # the working directory does not count
+    monkeypatch.delenv("FX_OUTPUTS", raising=False)
+    if value is not None:
+        monkeypatch.setenv("FX_OUTPUTS", value)
+    found = runpy.run_path(paths.__file__)
+    assert (found["TABLES"], found["FIGURES"]) == (place / "data/results", place / "figures")
+    assert found["PAPER"] == PAPER
 
 
 def test_a_table_of_the_complete_run_is_the_committed_file_or_a_sentence(tmp_path, monkeypatch):
