@@ -16,6 +16,8 @@ from fx.cliques import RULES, estimate_n_training, extract
 from fx.sampling import Generate, picture_file
 from fx.similarity import PRESETS, copy_thresholds, describe, descriptor_path, load_descriptor, similarity_matrix
 
+FEWEST = 6  # generated images from which on N0 can be estimated (fx.cliques.estimate_n_training)
+
 
 @dataclass(frozen=True)
 class Extract:
@@ -43,6 +45,8 @@ class Extract:
         n = self.generate.n_generated
         if n < 2:
             raise ValueError(f"{n} generated image has no similarities to cluster: generate at least 2")
+        if self.n_training is None and n < FEWEST:
+            raise ValueError(f"{n} generated images are too few to estimate n_training: generate at least {FEWEST}")
         if self.n_training is not None and not 1 <= self.n_training <= n:
             raise ValueError(
                 f"n_training {self.n_training} must lie between 1 and the {n} generated images, or be None"
@@ -51,6 +55,8 @@ class Extract:
 
 @results.inputs.register
 def _(spec: Extract) -> dict[str, str]:
+    if spec.n_training is None:
+        copy_thresholds(spec.descriptor)  # ValueError now for one without, not after the images are generated
     return {"descriptor": results.sha256_of(descriptor_path(spec.descriptor)[0])}
 
 
@@ -71,7 +77,7 @@ def _(spec: Extract, folder: Path) -> None:
         loose, _ = copy_thresholds(spec.descriptor)
         estimate, low, high = estimate_n_training(similarity, loose)
         n_training = min(max(estimate, 1), len(found))
-        scores = {"n_estimated": n_training, "n_estimated_low": low, "n_estimated_high": high}
+        scores = {"n_estimated": estimate, "n_estimated_low": low, "n_estimated_high": high}
     extraction = extract(similarity, n_training, spec.rule, spec.phi)
     scores |= {
         "n_extracted": extraction.n_extracted,

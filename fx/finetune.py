@@ -1,6 +1,7 @@
 """Few-shot fine-tuning as in App. E: DreamBooth without prior loss, and LoRA, both on the U-Net only."""
 
 import functools
+import json
 import os
 import time
 from collections.abc import Sequence
@@ -98,8 +99,19 @@ class FineTune:
             raise ValueError(f"seed {self.seed} must be at least 0")
 
 
+def check_trainable(base: str) -> None:
+    """ValueError, before anything is loaded, for a base model that `train` would refuse: one that predicts a flow."""
+    named = json.loads((model_folder(base) / "model_index.json").read_text()).get("_class_name")
+    if named == "StableDiffusion3Pipeline":
+        raise ValueError(
+            f"{base} is a {named}, a flow model: fx fine-tunes models that predict noise, images or v; "
+            "a checkpoint that was fine-tuned elsewhere can be extracted (fx.tuned.Checkpoint)"
+        )
+
+
 @results.inputs.register
 def _(spec: FineTune) -> dict[str, str]:
+    check_trainable(spec.base)
     tokenizer = load_tokenizer(spec.base)
     found = {"base": results.sha256_of(model_folder(spec.base))}
     for number, part in enumerate(spec.training):

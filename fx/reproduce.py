@@ -59,7 +59,7 @@ def parameters(notebook: Path, profile: str, extra: dict[str, object]) -> dict[s
     for name, value in given.items():
         default = ast.literal_eval(known[name]["default"])
         if type(value) is not type(default) and (type(value), type(default)) != (int, float):
-            hint = " (YAML reads 1e-5 as text: write 1.0e-5)" if isinstance(default, float) else ""
+            hint = " (YAML reads 1e-3 as text: write 1.0e-3)" if isinstance(default, float) else ""
             raise ValueError(
                 f"{notebook.name}: {name} takes {type(default).__name__} values such as {default!r}, not {value!r}{hint}"
             )
@@ -124,5 +124,8 @@ if __name__ == "__main__":
     except ValueError as error:
         sys.exit(f"fx.reproduce: {error}")
     except KeyboardInterrupt:
-        print("fx.reproduce: interrupted; finished steps are kept, and the same command goes on from there", file=sys.stderr)
+        print(
+            "fx.reproduce: interrupted; finished steps are kept, and the same command goes on from there",
+            file=sys.stderr,
+        )
         sys.exit(130)

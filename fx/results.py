@@ -127,9 +127,10 @@ def relatives(spec) -> list[Path]:
     """Finished and verified folders of what `spec` asks for in other numbers of the field that GROWS, largest first."""
     asked, field = _asked(spec), type(spec).GROWS
     own = _place(asked)
+    stem = f"{own.name.rpartition('-')[0]}-"
     found = []
-    for path in own.parent.glob(f"{own.name.rpartition('-')[0]}-*"):
-        number = path.name.rpartition("-")[2]
+    for path in own.parent.glob(f"{stem}*"):
+        number = path.name.removeprefix(stem)
         if path != own and number.isdecimal():
             other = {**asked, "spec": {**asked["spec"], "fields": {**asked["spec"]["fields"], field: int(number)}}}
             if not _fault(path, other):

@@ -1,6 +1,7 @@
 """A tiny random pipeline of the stock classes, a folder of pictures and a work area of its own, for all test files."""
 
 import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 # Tests side by side (pytest-xdist): one thread each, in the kernels and processes they start as well, set before torch is
@@ -19,6 +20,7 @@ from PIL import Image
 from fx import results
 from fx.mini.sd import scheduler
 from fx.models import load_pipeline
+from fx.sampling import Generate, picture_file, save_picture
 
 settings.register_profile("fx", deadline=None)  # a busy machine is no failure
 settings.load_profile("fx")
@@ -67,3 +69,22 @@ def runs(tmp_path, monkeypatch) -> Path:
     """An empty work area; the steps of this test are kept there and nowhere else."""
     monkeypatch.setattr(results, "RUNS", tmp_path / "runs")
     return results.RUNS
+
+
+@pytest.fixture
+def place(runs) -> Iterator[Callable]:
+    """A function that lets given pictures be what a Generate of a model makes; it gives the Generate."""
+    original, placed = results.perform.dispatch(Generate), {}
+
+    def perform(asked, folder):
+        for number, pixels in enumerate(placed[asked]):
+            save_picture(picture_file(folder, number), pixels)
+
+    def put(model, images: np.ndarray, **options) -> Generate:
+        spec = Generate(model, n_generated=len(images), steps=2, **options)
+        placed[spec] = images
+        return spec
+
+    results.perform.register(Generate, perform)
+    yield put
+    results.perform.register(Generate, original)

@@ -1,6 +1,5 @@
 """fx.demo: its command line, the three extractions it asks for, and what it prints and draws of them."""
 
-import ast
 import json
 import runpy
 import sys
@@ -11,22 +10,22 @@ mpl.use("Agg")
 
 import numpy as np
 import pandas as pd
-import papermill
 import pytest
 from matplotlib import pyplot as plt
 from PIL import Image
 
-from fx import datasets, demo, extraction, results
+from fx import datasets, demo, evaluation, results, settings
+from fx.evaluation import Score
 from fx.extraction import Extract
-from fx.paths import NOTEBOOKS, ROOT
-from fx.sampling import Generate
+from fx.finetune import TrainingItem
+from fx.paths import ROOT
+from fx.sampling import Generate, picture_file, save_picture
 
 
 @pytest.fixture(autouse=True)
 def _thresholds(monkeypatch):
     """Thresholds of the descriptor as constants, so that no model is needed."""
-    for module in (demo, extraction):
-        monkeypatch.setattr(module, "copy_thresholds", lambda name: {"mini-sscd": (0.4, 0.55)}[name])
+    monkeypatch.setattr(evaluation, "copy_thresholds", lambda name: {"mini-sscd": (0.4, 0.55)}[name])
     yield
     plt.close("all")
 
@@ -35,9 +34,10 @@ def test_arguments_have_defaults_that_need_no_typing():
     options = vars(demo.arguments([]))
     assert options == {
         "item": "style/jonathan-dietrich",
-        "caption": "",
+        "caption": None,
         "method": "dreambooth",
         "images": 10,
+        "change": "",
         "seed": 0,
         "write_figure": False,
     }
@@ -46,8 +46,9 @@ def test_arguments_have_defaults_that_need_no_typing():
 
 def test_arguments_are_read():
     words = ["~/photos/dog", "--caption", "a dog", "--method", "lora", "--images", "5", "--seed", "3"]
+    words += ["--change", "rank=3"]
     expected = {"item": "~/photos/dog", "caption": "a dog", "method": "lora", "images": 5, "seed": 3}
-    expected["write_figure"] = False
+    expected |= {"write_figure": False, "change": "rank=3"}
     assert vars(demo.arguments(words)) == expected
 
 
@@ -62,21 +63,27 @@ def test_arguments_refuse_what_they_do_not_know(words, capsys):
 @pytest.mark.parametrize("method", ["dreambooth", "lora"])
 def test_specs_are_three_arms_of_one_fine_tune_with_the_chosen_settings(method):
     words = ["object/rooster", "--method", method, "--images", "7", "--seed", "2", "--caption", "a bird"]
-    asked = demo.specs(demo.arguments(words))
-    chosen = demo.CHOSEN[method]
-    assert all(isinstance(spec, Extract) and isinstance(spec.generate, Generate) for spec in asked)
-    assert [spec.generate.arm for spec in asked] == ["direct", "cfg", "finextract"]
-    scales = [spec.generate.guidance_scale for spec in asked]
-    assert scales == [1.0, chosen["cfg_scale"], chosen["finextract_scale"]]
-    corrections = [spec.generate.correction_scale for spec in asked]
-    assert corrections == [0.0, 0.0, chosen["correction_scale"]]
-    assert len({spec.generate.finetune for spec in asked}) == 1
-    finetune = asked[0].generate.finetune
-    assert (finetune.item, finetune.caption, finetune.method, finetune.seed) == ("object/rooster", "a bird", method, 2)
-    assert finetune.learning_rate == chosen["learning_rate"]
-    assert (finetune.rank, finetune.alpha) == ((64, 64) if method == "lora" else (0, 0))
-    assert {(spec.generate.images_per_training, spec.generate.seed) for spec in asked} == {(7, 2)}
-    assert {(spec.loose, spec.strict) for spec in asked} == {(0.4, 0.55)}
+    asked = demo.specs(demo.arguments([*words, "--change", "sampling_steps=3 images_per_training=5 batch_size=9"]))
+    chosen = settings.load()[method]
+    assert all(isinstance(spec, Score) and isinstance(spec.extract, Extract) for spec in asked)
+    generates = [spec.extract.generate for spec in asked]
+    assert [generate.arm for generate in generates] == ["direct", "cfg", "finextract"]
+    assert [generate.guidance_scale for generate in generates] == [1.0, chosen.cfg_scale, chosen.finextract_scale]
+    assert [generate.correction_scale for generate in generates] == [0.0, 0.0, chosen.correction_scale]
+    n_training = datasets.load_item("object/rooster").n_training
+    assert {spec.extract.n_training for spec in asked} == {n_training}
+    # --images is the shorter way to say images_per_training, and wins
+    assert {(g.n_generated, g.seed, g.steps, g.caption) for g in generates} == {(7 * n_training, 2, 3, None)}
+    (tune,) = {generate.model for generate in generates}
+    assert tune.training == (TrainingItem("object/rooster", "a bird"),)
+    assert (tune.method, tune.seed, tune.batch_size) == (method, 2, 9)
+    for name in ("base", "learning_rate", "steps_per_image", "rank", "alpha"):
+        assert getattr(tune, name) == getattr(chosen, name)
+
+
+def test_the_demo_as_it_comes_is_the_extraction_with_the_settings_as_they_stand():
+    chosen = settings.load()["dreambooth"]
+    assert demo.specs(demo.arguments([])) == chosen.three_arms(chosen.fine_tune("style/jonathan-dietrich"))
 
 
 @pytest.mark.parametrize(
@@ -100,22 +107,22 @@ def finished(tmp_path, monkeypatch):
     matches = {"direct": [0, 1, 2], "cfg": [7, 7, 3], "finextract": [5, 0, 6]}
 
     def folder(spec):
-        generate = spec if isinstance(spec, Generate) else spec.generate
+        generate = spec if isinstance(spec, Generate) else spec.extract.generate
         return tmp_path / type(spec).__name__ / generate.arm
 
     def run(asked, description):
         for spec in asked:
-            arm = spec.generate.arm
-            for step in (spec, spec.generate):
+            arm = spec.extract.generate.arm
+            for step in (spec, spec.extract.generate):
                 folder(step).mkdir(parents=True)
-            levels = first[arm] + np.arange(8, dtype=np.uint8)
-            images = np.broadcast_to(levels[:, None, None, None], (8, 6, 6, 3))
-            np.save(folder(spec.generate) / "images.npy", images)
+            for number in range(8):
+                pixels = np.full((6, 6, 3), first[arm] + number, np.uint8)
+                save_picture(picture_file(folder(spec.extract.generate), number), pixels)
             (folder(spec) / "matches.json").write_text(
                 json.dumps({"match": matches[arm], "similarity": [0.3, 0.45, 0.6]})
             )
         scores = {"AS": 0.4321, "A-ESR_strict": 0.1, "A-ESR_loose": 0.5, "n_extracted": 3, "n_generated": 8}
-        return pd.DataFrame([{"arm": spec.generate.arm, "phi": 0.9, **scores} for spec in asked])
+        return pd.DataFrame([{"arm": spec.extract.generate.arm, "phi": 0.9, **scores} for spec in asked])
 
     monkeypatch.setattr(results, "run", run)
     monkeypatch.setattr(results, "folder", folder)
@@ -135,12 +142,12 @@ def test_picture_shows_below_each_training_image_what_every_arm_extracted_for_it
     photos, expected = finished
     asked = demo.specs(demo.arguments([str(photos), "--caption", "a dog"]))
     results.run(asked, "demo")
-    figure = demo.picture(asked, datasets.load_item(str(photos), "a dog"))
+    figure = demo.comparison(asked)
     assert [axes.get_ylabel() for axes in figure.axes] == ["training", "direct", "CFG", "FineXtract"]
     assert [levels(axes) for axes in figure.axes] == [[10, 20, 30], *expected.values()]
     notes = [[text.get_text() for text in axes.texts] for axes in figure.axes]
     assert notes == [[], *3 * [["0.30", "0.45*", "0.60**"]]], "thresholds .4 and .55"
-    assert figure.get_suptitle().startswith("photos")
+    assert figure.get_suptitle().startswith(str(photos))
 
 
 def test_main_prints_the_scores_of_each_arm_and_saves_the_picture(finished, tmp_path, capsys):
@@ -177,7 +184,17 @@ def test_main_refuses_a_folder_without_caption_before_any_work(finished, tmp_pat
     photos, _ = finished
     with pytest.raises(ValueError, match="needs a caption"):
         demo.main([str(photos)])
-    assert not (tmp_path / "Extract").exists()
+    assert not (tmp_path / "Score").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"), [("steps=3", "unknown setting 'steps'"), ("sampling_steps=many", "takes int values")]
+)
+def test_main_refuses_a_wrong_change_before_any_work(finished, tmp_path, change, message):
+    photos, _ = finished
+    with pytest.raises(ValueError, match=message):
+        demo.main([str(photos), "--caption", "a dog", "--change", change])
+    assert not (tmp_path / "Score").exists()
 
 
 @pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")
@@ -187,16 +204,3 @@ def test_command_ends_with_one_clear_line_for_an_unknown_item(monkeypatch):
         runpy.run_module("fx.demo", run_name="__main__")
     assert error.value.code.startswith("fx.demo: no item 'nonsense'")
     assert "\n" not in error.value.code
-
-
-def test_the_settings_are_the_defaults_of_notebook_03():
-    known = papermill.inspect_notebook(NOTEBOOKS / "03-extraction.ipynb")
-    defaults = {name: ast.literal_eval(entry["default"]) for name, entry in known.items()}
-    for method, chosen in demo.CHOSEN.items():
-        assert chosen == {
-            "learning_rate": defaults[f"learning_rate_{method}"],
-            "cfg_scale": defaults[f"cfg_scale_{method}"],
-            "finextract_scale": defaults[f"finextract_scale_{method}"],
-            "correction_scale": defaults["correction_scale"],
-        }
-    assert demo.arguments([]).images == defaults["images_per_training"]

@@ -1,212 +1,238 @@
-"""Extraction end to end on the shipped mini models, with few steps, and its parts against independent computations."""
+"""The attacker's step: what it extracts from known pictures, and that it never sees a training image."""
 
-import ast
-import hashlib
+import functools
 import json
-import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from scipy.optimize import linear_sum_assignment
+from PIL import Image
+from tiny import COPIES, ORIGINALS, copies, pictures
 
-from fx import extraction, results
-from fx.datasets import from_uint8, load_images, load_item
-from fx.extraction import Extract, method_pictures, three_arms
-from fx.finetune import FineTune
+from fx import cliques, datasets, extraction, finetune, results, sampling
+from fx.datasets import from_uint8
+from fx.extraction import Extract
+from fx.finetune import FineTune, TrainingItem
 from fx.sampling import Generate
 from fx.similarity import MiniSSCD, copy_thresholds, load_descriptor
-
-TUNED = FineTune("object/candle", learning_rate=2.0e-5, steps_per_image=1)
-
-
-@pytest.fixture
-def runs(tmp_path, monkeypatch):
-    monkeypatch.setattr(results, "RUNS", tmp_path / "runs")
-
-
-def specs(**options) -> list[Extract]:
-    return three_arms(
-        TUNED, images_per_training=2, cfg_scale=3.0, finextract_scale=2.0, correction_scale=-0.02, **options
-    )
-
-
-def test_three_arms_share_everything_but_the_guidance():
-    direct, cfg, finextract = specs(seed=5)
-    assert [s.generate.arm for s in (direct, cfg, finextract)] == ["direct", "cfg", "finextract"]
-    assert [s.generate.guidance_scale for s in (direct, cfg, finextract)] == [1.0, 3.0, 2.0]
-    assert [s.generate.correction_scale for s in (direct, cfg, finextract)] == [0.0, 0.0, -0.02]
-    assert {
-        (s.generate.finetune, s.generate.images_per_training, s.generate.seed) for s in (direct, cfg, finextract)
-    } == {(TUNED, 2, 5)}
-    assert {(s.loose, s.strict) for s in (direct, cfg, finextract)} == {copy_thresholds("mini-sscd")}
+from fx.tuned import Checkpoint
 
 
 @pytest.fixture
-def place_images(runs):
-    """A function that lets given images be what a spec generated."""
-    original = results.perform.dispatch(Generate)
-
-    def place(spec: Generate, images: np.ndarray) -> None:
-        def perform(asked, folder):
-            assert asked == spec
-            np.save(folder / "images.npy", images)
-
-        results.perform.register(Generate, perform)
-
-    yield place
-    results.perform.register(Generate, original)
+def checkpoint(tiny_sd, tmp_path) -> Checkpoint:
+    """Somebody's checkpoint; its content does not matter where pictures are placed."""
+    (tmp_path / "theirs.safetensors").write_bytes(b"weights")
+    return Checkpoint(str(tmp_path / "theirs.safetensors"), str(tiny_sd), "a dog")
 
 
-def test_generated_copies_of_the_training_images_are_all_extracted(place_images):
-    item = load_item(TUNED.item)
-    training = load_images(item.training, 64)
-    rng = np.random.default_rng(0)
-    pixels = ((training.permute(0, 2, 3, 1).numpy() + 1) * 127.5).round()
-    copies = np.concatenate([pixels] * 5) + rng.normal(0, 4, (5 * len(pixels), 64, 64, 3))
-    generate = Generate(TUNED, images_per_training=5, steps=2)
-    place_images(generate, copies.clip(0, 255).astype(np.uint8))
-    spec = Extract(generate, strict=0.8, loose=0.7, rule="tightest")
+def outcome(spec: Extract) -> tuple[dict, dict]:
+    """The scores and the sets of a finished Extract."""
     folder = results.complete(spec)
-    matches = json.loads((folder / "matches.json").read_text())
-    # images i, i + n0, i + 2 n0, ... are copies of training image i
-    assert [match % item.n_training for match in matches["match"]] == list(range(item.n_training))
-    scores = json.loads((folder / "scores.json").read_text())
-    assert scores["A-ESR_strict"] == scores["A-ESR_loose"] == 1.0
-    assert scores["n_extracted"] == scores["n_training"] == item.n_training
-    assert scores["n_generated"] == len(copies)
+    return tuple(json.loads((folder / name).read_text()) for name in ("scores.json", "extraction.json"))
 
 
-def test_scores_equal_a_computation_by_hand(place_images):
-    images = np.random.default_rng(1).integers(0, 256, (12, 64, 64, 3)).astype(np.uint8)
-    generate = Generate(TUNED, images_per_training=3, steps=2)
-    place_images(generate, images)
-    folder = results.complete(spec := Extract(generate, strict=0.3, loose=0.1))
-    scores = json.loads((folder / "scores.json").read_text())
-    matches = json.loads((folder / "matches.json").read_text())
-    network = load_descriptor("mini-sscd")
+@functools.cache
+def expected(rule: str) -> cliques.Extraction:
+    """What a rule extracts from the copies: similarities by the shipped descriptor, in float64."""
     with torch.no_grad():
-        found = network(from_uint8(images))
-        wanted = network(load_images(load_item(TUNED.item).training, 64))
-    best = (wanted @ found[matches["centres"]].T).clamp(0, 1).max(dim=1).values
-    assert scores["AS"] == pytest.approx(best.mean().item(), abs=1e-5)
-    assert scores["A-ESR_strict"] == pytest.approx((best > spec.strict).float().mean().item())
-    assert scores["A-ESR_loose"] == pytest.approx((best > spec.loose).float().mean().item())
-    assert scores["AS_all"] == pytest.approx((wanted @ found.T).clamp(0, 1).max(dim=1).values.mean().item(), abs=1e-5)
-    assert scores["AS_all"] >= scores["AS"] >= scores["AS_one_to_one"]
-    with torch.no_grad():
-        unseen = network(load_images(load_item(TUNED.item).controls, 64))
-    others = (unseen @ found[matches["centres"]].T).clamp(0, 1).max(dim=1).values
-    assert scores["AS_controls"] == pytest.approx(others.mean().item(), abs=1e-5)
-    rows, columns = linear_sum_assignment(-(wanted @ found[matches["centres"]].T).numpy())
-    matched = (wanted[rows] * found[matches["centres"]][columns]).sum(dim=1).clamp(0, 1)
-    assert scores["AS_one_to_one"] == pytest.approx(matched.mean().item(), abs=1e-5)
-    assert scores["n_unproven"] == 0
-    assert len(matches["centres"]) == scores["n_extracted"]
+        found = load_descriptor("mini-sscd")(from_uint8(copies())).double().numpy()
+    return cliques.extract((found @ found.T + (found @ found.T).T) / 2, ORIGINALS, rule)
 
 
-def test_another_descriptor_is_another_step(runs, tmp_path):
-    MiniSSCD().save_pretrained(tmp_path / "mine")
-    generate = Generate(TUNED, images_per_training=2, steps=2)
-    ours = Extract(generate, strict=0.5, loose=0.4)
-    assert results.digest(ours) != results.digest(Extract(generate, 0.5, 0.4, descriptor=str(tmp_path / "mine")))
-    before = results.digest(theirs := Extract(generate, 0.5, 0.4, descriptor=str(tmp_path / "mine")))
-    MiniSSCD(dimension=32).save_pretrained(tmp_path / "mine")
-    assert results.digest(theirs) != before
-
-
-def test_other_code_is_another_extraction_of_the_same_images(runs, monkeypatch):
-    before = results.digest(spec := Extract(Generate(TUNED, images_per_training=2, steps=2), strict=0.5, loose=0.4))
-    generated = results.digest(spec.generate)
-    source = Path(extraction.__file__).with_name("cliques.py")
-    assert extraction.CODE["cliques.py"] == hashlib.sha256(source.read_bytes()).hexdigest()
-    monkeypatch.setitem(extraction.CODE, "cliques.py", "another")
-    assert results.digest(spec) != before
-    assert results.digest(spec.generate) == generated
-
-
-def test_the_code_of_an_extraction_is_all_of_it_but_the_steps_before():
-    imported = set()
-    for file in extraction.CODE:
-        for node in ast.walk(ast.parse(Path(extraction.__file__).with_name(file).read_text())):
-            if isinstance(node, ast.ImportFrom):
-                assert node.level == 0
-                imported |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
-            elif isinstance(node, ast.Import):
-                imported |= {alias.name for alias in node.names}
-    modules = {path.name for path in Path(extraction.__file__).parent.glob("*.py") if f"fx.{path.stem}" in imported}
-    assert modules - {"results.py", "finetune.py", "models.py", "sampling.py", "paths.py"} == {*extraction.CODE} - {
-        "extraction.py"
+@pytest.mark.parametrize("rule", cliques.RULES)
+def test_every_rule_is_that_of_fx_cliques(place, checkpoint, rule):
+    scores, sets = outcome(Extract(place(checkpoint, copies()), ORIGINALS, rule=rule))
+    chosen = expected(rule)
+    assert sets == {"cliques": [list(c) for c in chosen.cliques], "centres": list(chosen.centres)}
+    assert scores == {
+        "n_extracted": chosen.n_extracted,
+        "n_unproven": chosen.n_unproven,
+        "phi_end": pytest.approx(chosen.threshold),
     }
 
 
-def test_wrong_rules_presets_and_descriptors_stop_everything_before_training(runs, tmp_path):
-    with pytest.raises(ValueError, match="unknown rule 'best': choose one of paper, published, tightest, peaks"):
-        specs(rule="best")
-    with pytest.raises(ValueError, match="unknown preset '288': choose one of sscd, published"):
-        specs(preset="288")
-    (tmp_path / "sscd.pt").write_bytes(b"changed")
-    for name, message in (
-        (f"{tmp_path}/sscd.pt", "name it with the SHA-256"),
-        (f"{tmp_path}/sscd.pt@sha256:{64 * '0'}", "not 0000"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            results.run(specs(descriptor=name))
-    with pytest.raises(FileNotFoundError, match="unknown descriptor 'nonsense'"):
-        results.run(specs(descriptor="nonsense"))
-    (tmp_path / "one").mkdir()
-    shutil.copy(load_item(TUNED.item).training[0], tmp_path / "one")
-    single = FineTune(str(tmp_path / "one"), caption="a candle", steps_per_image=1)
-    with pytest.raises(ValueError, match="one: 1 generated image has no similarities to cluster; generate at least 2"):
-        results.run(three_arms(single, 1, 3.0, 2.0, 0.0))
-    assert not list(tmp_path.rglob("losses.npy"))
+def test_the_rules_can_be_told_apart_by_these_copies():
+    assert len({expected(rule).cliques for rule in cliques.RULES}) >= 3
 
 
-def test_thresholds_are_those_of_the_descriptor(tmp_path):
-    MiniSSCD().save_pretrained(tmp_path / "mine", {"loose": 0.11, "strict": 0.22})
-    asked = specs(descriptor=str(tmp_path / "mine"))
-    assert {(s.descriptor, s.loose, s.strict) for s in asked} == {(str(tmp_path / "mine"), 0.11, 0.22)}
+def test_a_fixed_phi_is_taken_instead_of_the_rules_own(place, checkpoint):
+    generate = place(checkpoint, copies())
+    scores, sets = outcome(Extract(generate, ORIGINALS, phi=0.9))
+    assert scores["phi_end"] == 0.9
+    groups = {tuple(range(i, ORIGINALS * COPIES, ORIGINALS)) for i in range(ORIGINALS)}
+    assert {tuple(clique) for clique in sets["cliques"]} == groups
+    scores, sets = outcome(Extract(generate, ORIGINALS, phi=-1.0))
+    assert scores == {"n_extracted": 1, "n_unproven": 0, "phi_end": -1.0}
+    assert sets["cliques"] == [list(range(ORIGINALS * COPIES))]
+    with pytest.raises(ValueError, match="phi is compared with similarities"):
+        results.complete(Extract(generate, ORIGINALS, phi=1.5))
 
 
-def test_steps_of_three_arms_are_sampling_steps():
-    assert {s.generate.steps for s in specs(steps=7)} == {7}
-
-
-def test_the_whole_chain_twice_gives_identical_rows(runs, tmp_path, monkeypatch):
-    asked = [
-        Extract(Generate(TUNED, s.generate.arm, s.generate.guidance_scale, s.generate.correction_scale, 2, 2), 0.5, 0.4)
-        for s in specs()
-    ]
-    first = results.run(asked)
-    monkeypatch.setattr(results, "RUNS", tmp_path / "again")
-    second = results.run(asked)
-    assert first.equals(second)
-    assert list(first.arm) == ["direct", "cfg", "finextract"]
-    pictures = method_pictures(asked[-1])
-    similarity = pictures.pop("similarity")
-    assert {name: picture.shape for name, picture in pictures.items()} == dict.fromkeys(
-        ("base", "tuned", "generated", "clique", "extracted", "training"), (4, 64, 64, 3)
-    )
-    generated = np.load(results.folder(asked[-1].generate) / "images.npy")
-    assert (pictures["generated"] == generated[:4]).all()
-    matches = json.loads((results.folder(asked[-1]) / "matches.json").read_text())
-    centres = [tuple(generated[i].ravel()) for i in matches["centres"]]
-    first = centres.index(tuple(pictures["extracted"][0].ravel()))
-    members = {tuple(generated[i].ravel()) for i in matches["cliques"][first]}
-    assert {tuple(picture.ravel()) for picture in pictures["clique"]} <= members
-    assert len({tuple(picture.ravel()) for picture in pictures["extracted"]}) == len(set(centres)) == 4
-    network = load_descriptor("mini-sscd")
+def test_the_sets_are_those_of_the_descriptors_of_the_image_files(place, checkpoint, tmp_path):
+    """Once more from the pixels, by a network of our own: descriptors, cosines, cliques."""
+    torch.manual_seed(0)
+    MiniSSCD(widths=(4, 6), blocks=(1, 1), dimension=8, size=32).save_pretrained(tmp_path / "mine")
+    images = pictures(9, seed=3)
+    spec = Extract(place(checkpoint, images), 3, descriptor=str(tmp_path / "mine"), rule="tightest")
+    scores, sets = outcome(spec)
     with torch.no_grad():
-        shown, wanted = network(from_uint8(pictures["extracted"])), network(from_uint8(pictures["training"]))
-    # within a thousandth, since these training images went through uint8
-    assert similarity == pytest.approx((shown * wanted).sum(dim=1).numpy(), abs=1e-3)
-    assert similarity.tolist() == sorted(similarity, reverse=True)
-    assert similarity[0] == pytest.approx(max(matches["similarity"]), abs=1e-6)
+        found = MiniSSCD.from_pretrained(tmp_path / "mine")(from_uint8(images)).numpy()
+    assert np.allclose(np.load(results.folder(spec) / "descriptors.npy"), found, atol=1e-6)
+    cosine = found.astype(float) @ found.T.astype(float)
+    expected = cliques.extract((cosine + cosine.T) / 2, 3, "tightest")
+    assert sets == {"cliques": [list(c) for c in expected.cliques], "centres": list(expected.centres)}
+    assert scores["phi_end"] == expected.threshold
 
 
-def test_a_caption_too_long_stops_everything_before_training(runs):
-    long = FineTune("object/candle", caption="candle " * 80, learning_rate=1.0e-5)
-    with pytest.raises(ValueError, match="tokens"):
-        results.run([*specs(), *three_arms(long, 2, 3.0, 3.0, 0.0)])
-    assert not list(results.RUNS.rglob("losses.npy"))
+def test_where_nobody_knows_n0_it_is_estimated(place, checkpoint):
+    generate = place(checkpoint, copies())
+    scores, sets = outcome(Extract(generate, None))
+    assert scores["n_estimated"] == scores["n_extracted"] == len(sets["centres"]) == ORIGINALS
+    assert scores["n_estimated_low"] <= ORIGINALS <= scores["n_estimated_high"]
+    known, known_sets = outcome(Extract(generate, ORIGINALS))
+    assert not [name for name in known if "estimated" in name]
+    assert known_sets == sets
+    table = results.run([Extract(generate, None)])
+    assert {"n_estimated", "n_estimated_low", "n_estimated_high"} <= set(table.columns)
+
+
+def test_the_estimate_is_made_at_the_loose_threshold_of_the_descriptor(place, checkpoint, tmp_path):
+    images, network = copies(), load_descriptor("mini-sscd")
+    for loose, expected in ((0.9, ORIGINALS), (-1.0, 1)):  # below all similarities all are copies of one
+        network.save_pretrained(tmp_path / f"at{loose}", {"loose": loose, "strict": 0.95})
+        spec = Extract(place(checkpoint, images), None, descriptor=str(tmp_path / f"at{loose}"))
+        assert outcome(spec)[0]["n_estimated"] == expected
+
+
+def test_an_estimate_of_none_is_told_and_one_image_is_extracted(place, checkpoint):
+    scores, sets = outcome(Extract(place(checkpoint, pictures(8)), None))
+    assert copy_thresholds("mini-sscd")[0] > 0
+    assert (scores["n_estimated"], scores["n_estimated_low"], scores["n_extracted"]) == (0, 0, 1)
+    assert len(sets["centres"]) == 1
+
+
+@pytest.mark.parametrize(
+    ("n", "options", "message"),
+    [
+        (1, {"n_training": 1}, "1 generated image has no similarities to cluster: generate at least 2"),
+        (8, {"n_training": 9}, "n_training 9 must lie between 1 and the 8 generated images, or be None"),
+        (8, {"n_training": 0}, "n_training 0 must lie between 1 and the 8"),
+        (5, {"n_training": None}, "5 generated images are too few to estimate n_training: generate at least 6"),
+        (8, {"n_training": 2, "rule": "best"}, "unknown rule 'best': choose one of paper, published, tightest, peaks"),
+        (8, {"n_training": 2, "preset": "288"}, "unknown preset '288': choose one of sscd, published"),
+    ],
+)
+def test_impossible_specs_are_refused_at_once(checkpoint, n, options, message):
+    with pytest.raises(ValueError, match=message):
+        Extract(Generate(checkpoint, n_generated=n), **options)
+
+
+def test_wrong_descriptors_stop_everything_before_anything_is_generated(place, checkpoint, tmp_path):
+    generate = place(checkpoint, copies())
+    (tmp_path / "sscd.pt").write_bytes(b"changed")
+    MiniSSCD().save_pretrained(tmp_path / "bare")
+    wrong = [
+        (f"{tmp_path}/sscd.pt", 2, ValueError, "name it with the SHA-256"),
+        (f"{tmp_path}/sscd.pt@sha256:{64 * '0'}", 2, ValueError, "not 0000"),
+        ("nonsense", 2, FileNotFoundError, "unknown descriptor 'nonsense'"),
+        (str(tmp_path / "bare"), None, ValueError, "was saved without thresholds"),
+    ]
+    for name, n_training, error, message in wrong:
+        with pytest.raises(error, match=message):
+            results.run([Extract(generate, 2), Extract(generate, n_training, descriptor=name)])
+    assert not results.RUNS.exists()
+
+
+def test_another_descriptor_is_another_step(runs, checkpoint, tmp_path):
+    MiniSSCD().save_pretrained(tmp_path / "mine")
+    generate = Generate(checkpoint, n_generated=8)
+    theirs = Extract(generate, 2, descriptor=str(tmp_path / "mine"))
+    digests = {results.digest(Extract(generate, 2)), results.digest(theirs)}
+    MiniSSCD(dimension=32).save_pretrained(tmp_path / "mine")
+    digests.add(results.digest(theirs))
+    assert len(digests) == 3
+
+
+# the threat model's line
+
+
+@pytest.fixture
+def secret(picture_folder, tmp_path) -> TrainingItem:
+    """Training images under names that would be recognised anywhere."""
+    (tmp_path / "secret-folder").mkdir()
+    for path in sorted(picture_folder.iterdir()):
+        with Image.open(path) as image:
+            image.save(tmp_path / "secret-folder" / f"secret-{path.name}")
+    return TrainingItem(str(tmp_path / "secret-folder"), "hush")
+
+
+def training_files(item: TrainingItem) -> list[Path]:
+    return sorted(Path(item.item).iterdir())
+
+
+def test_the_folder_and_the_inputs_of_an_extraction_hold_nothing_of_the_training(place, secret, tiny_sd):
+    model = FineTune((secret,), str(tiny_sd))
+    spec = Extract(place(model, copies()), ORIGINALS)
+    assert results.inputs(spec).keys() == {"descriptor"}
+    folder = results.complete(spec)
+    assert sorted(p.name for p in folder.iterdir()) == [
+        "descriptors.npy",
+        "extraction.json",
+        "manifest.json",
+        "scores.json",
+    ]
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert manifest["inputs"].keys() == {"descriptor"}
+    assert manifest["spec"]["fields"]["generate"] == {"kind": "generate", "digest": results.digest(spec.generate)}
+    hashes = [results.sha256_of(path) for path in training_files(secret)]
+    for file in folder.iterdir():
+        content = file.read_bytes()
+        assert not [word for word in ("secret", "hush", *hashes, *(h[:16] for h in hashes)) if word.encode() in content]
+        assert not [path for path in training_files(secret) if path.read_bytes() in content]
+    generated = (results.folder(spec.generate) / "manifest.json").read_text()
+    assert "secret" not in generated
+    assert "hush" not in generated
+    assert not [word for word in hashes if word in generated]
+
+
+def test_an_extraction_follows_from_the_generated_images_alone(place, secret, tiny_sd, checkpoint):
+    """The same pictures give the same files, whoever made them: a fine-tuning on these images, or a file."""
+    specs = [Extract(place(model, copies()), None) for model in (FineTune((secret,), str(tiny_sd)), checkpoint)]
+    one, other = (results.complete(spec) for spec in specs)
+    assert one != other
+    for name in ("descriptors.npy", "extraction.json", "scores.json"):
+        assert (one / name).read_bytes() == (other / name).read_bytes()
+
+
+def forbid(monkeypatch, item: TrainingItem | None) -> None:
+    """Let every way to training images fail from now on."""
+    known = set(training_files(item)) if item else set()
+    for module, name in ((finetune, "load_training"), (finetune, "load_item"), (datasets, "load_item")):
+        monkeypatch.setattr(module, name, lambda *_: pytest.fail("a training image was asked for"))
+    monkeypatch.setattr(sampling, "own_caption", lambda *_: pytest.fail("the training caption was asked for"))
+    real = datasets.open_image
+    watched = lambda path: pytest.fail(f"{path} was opened") if Path(path) in known else real(path)  # noqa: E731
+    monkeypatch.setattr(datasets, "open_image", watched)
+
+
+def test_an_extraction_from_a_fine_tuned_model_works_without_its_training_images(
+    place, secret, tiny_sd, tmp_path, monkeypatch
+):
+    spec = Extract(place(FineTune((secret,), str(tiny_sd)), copies()), ORIGINALS)
+    finished = results.complete(spec.generate)
+    expected = results.complete(spec)
+    monkeypatch.setattr(extraction.results, "complete", lambda asked: {spec.generate: finished}[asked])
+    forbid(monkeypatch, secret)
+    (tmp_path / "again").mkdir()
+    results.perform(spec, tmp_path / "again")
+    for file in (tmp_path / "again").iterdir():
+        assert file.read_bytes() == (expected / file.name).read_bytes()
+    assert len(list((tmp_path / "again").iterdir())) == 3
+
+
+def test_an_extraction_from_a_checkpoint_never_asks_for_training_images(place, checkpoint, monkeypatch):
+    generate = place(checkpoint, copies(), caption="a dog")
+    forbid(monkeypatch, None)
+    scores, _ = outcome(Extract(generate, None))
+    assert scores["n_estimated"] == ORIGINALS

@@ -1,22 +1,24 @@
 """Fine-tuning against plain torch, its promises about seeds, kills and steps, and what it leaves on disk."""
 
 import copy
-import json
+import functools
 import shutil
 from dataclasses import replace
 
 import numpy as np
 import pytest
+import tiny
 import torch
 from PIL import Image
 from safetensors.torch import load_file
 from torch.func import functional_call
 
-from fx import finetune, results
+from fx import finetune, results, tuned
 from fx.datasets import load_images, load_item
-from fx.families import encode
-from fx.finetune import FineTune
-from fx.models import LORA_FILE, load_pair, load_pipeline
+from fx.families import denoise, encode
+from fx.finetune import FineTune, TrainingItem, load_training
+from fx.models import LORA_FILE, load_pipeline
+from fx.tuned import load_tuned, own_caption
 
 WEIGHTS = {"dreambooth": "unet/diffusion_pytorch_model.safetensors", "lora": LORA_FILE}
 PROJECTIONS = ("to_q", "to_k", "to_v", "to_out.0")
@@ -30,7 +32,7 @@ def spec(tiny_sd, picture_folder):
     def make(method: str, /, **options) -> FineTune:
         fields = {"base": str(tiny_sd), "method": method, "learning_rate": 1e-3, "seed": 5}
         sizes = {"steps_per_image": 3, "batch_size": 2} | ({"rank": 2, "alpha": 6} if method == "lora" else {})
-        return FineTune(str(picture_folder), "a dog", **(fields | sizes | options))
+        return FineTune(**({"training": (TrainingItem(str(picture_folder), "a dog"),)} | fields | sizes | options))
 
     return make
 
@@ -72,10 +74,10 @@ def fresh64(fresh):
 def trained(fresh, pictures, tmp_path):
     """A function that trains a pipeline, fresh if none is given, by a spec; its U-Net's weights and its losses."""
 
-    def run(spec: FineTune, images: torch.Tensor = pictures, scratch: str = "scratch", pipeline=None):
+    def run(spec: FineTune, images: torch.Tensor = pictures, scratch: str = "scratch", pipeline=None, captions=None):
         pipeline, folder = pipeline or fresh(), tmp_path / scratch
         folder.mkdir(exist_ok=True)
-        losses = finetune.train(pipeline, images, encode(pipeline, spec.caption), spec, folder)
+        losses = finetune.train(pipeline, images, captions or ["a dog"] * len(images), spec, folder)
         return pipeline.unet.state_dict(), losses
 
     return run
@@ -105,8 +107,18 @@ def twin_noise_prediction(unet, values: dict, alpha: float, *arguments) -> torch
     return functional_call(unet, weights, arguments).sample
 
 
+def texts(pipeline, *captions: str) -> torch.Tensor:
+    """Captions as the text encoder reads them, one row each, by the tokenizer and the encoder themselves."""
+    tokens = pipeline.tokenizer(list(captions), padding="max_length", return_tensors="pt").input_ids
+    with torch.no_grad():
+        return pipeline.text_encoder(tokens)[0]
+
+
 def twin_loss(pipeline, values: dict, pictures, text, spec: FineTune, step: int) -> torch.Tensor:
-    """The mean squared error of one step in terms of `values`, the draws in the order that `train` documents."""
+    """The mean squared error of one step in terms of `values`, the draws in the order that `train` documents.
+
+    text: the encoded caption of each picture.
+    """
     torch.manual_seed(spec.seed * 1_000_003 + step)
     chosen = torch.randint(len(pictures), (spec.batch_size,))
     with torch.no_grad():
@@ -117,7 +129,7 @@ def twin_loss(pipeline, values: dict, pictures, text, spec: FineTune, step: int)
     eps = torch.randn(x0.shape)
     kept = alpha_bar(pipeline)[t].double()[:, None, None, None]
     x_t = kept.sqrt() * x0 + (1 - kept).sqrt() * eps
-    predicted = twin_noise_prediction(pipeline.unet, values, spec.alpha, x_t, t, text.text.repeat(len(t), 1, 1))
+    predicted = twin_noise_prediction(pipeline.unet, values, spec.alpha, x_t, t, text[chosen])
     wanted = {"epsilon": eps, "sample": x0, "v_prediction": kept.sqrt() * eps - (1 - kept).sqrt() * x0}
     return ((predicted - wanted[pipeline.scheduler.config.prediction_type]) ** 2).mean()
 
@@ -145,7 +157,7 @@ def test_dreambooth_is_adamw_on_every_weight(spec, fresh64, pictures, trained):
     asked = spec("dreambooth", steps_per_image=1)  # two steps of two images
     pipeline = fresh64()
     values = {name: value.detach().clone() for name, value in pipeline.unet.named_parameters()}
-    losses = twin_training(pipeline, values, pictures, encode(pipeline, "a dog"), asked, steps=2)
+    losses = twin_training(pipeline, values, pictures, texts(pipeline, *["a dog"] * 4), asked, steps=2)
     weights, found = trained(asked, pipeline=fresh64())
     assert np.allclose(found, losses, rtol=1e-6, atol=0)  # losses are stored in float32
     assert weights.keys() == values.keys()
@@ -161,15 +173,50 @@ def test_a_model_learns_what_it_predicts(spec, fresh64, pictures, kind, tmp_path
     for one in (twin, pipeline):
         one.scheduler = type(one.scheduler).from_config(one.scheduler.config, prediction_type=kind)
     values = {name: value.detach().clone() for name, value in twin.unet.named_parameters()}
-    expected = twin_training(twin, values, pictures, encode(twin, "a dog"), asked, steps=2)
-    found = finetune.train(pipeline, pictures, encode(pipeline, "a dog"), asked, tmp_path)
+    expected = twin_training(twin, values, pictures, texts(twin, *["a dog"] * 4), asked, steps=2)
+    found = finetune.train(pipeline, pictures, ["a dog"] * 4, asked, tmp_path)
     assert np.allclose(found, expected, rtol=1e-6, atol=0)
 
 
-def test_a_flow_model_is_refused_before_training(spec, fresh, pictures, tmp_path, monkeypatch):
-    monkeypatch.setattr(finetune, "prediction_type", lambda pipeline: "flow_prediction")
-    with pytest.raises(ValueError, match="models that predict epsilon, sample, v_prediction, not flow_prediction"):
-        finetune.train(fresh(), pictures, None, spec("dreambooth"), tmp_path)
+@pytest.mark.parametrize("method", ["dreambooth", "lora"])
+def test_every_image_is_learned_under_its_own_caption(spec, fresh64, pictures, trained, method):
+    """Of the two captions, one is on images 0 and 3: neither the order of items nor that of captions can stand in."""
+    asked = spec(method, steps_per_image=2, batch_size=4)
+    captions = ["a dog", "a cat", "a cat", "a dog"]
+    pipeline = fresh64()
+    if method == "dreambooth":
+        values = {name: value.detach().clone() for name, value in pipeline.unet.named_parameters()}
+    else:
+        adapted = fresh64()
+        finetune.trained_parameters(adapted, asked)
+        values = lora_values(adapted.unet.state_dict())
+    losses = twin_training(pipeline, values, pictures, texts(pipeline, *captions), asked, steps=2)
+    _, found = trained(asked, pipeline=fresh64(), captions=captions)
+    assert np.allclose(found, losses, rtol=1e-6, atol=0)
+    _, swapped = trained(asked, scratch="swapped", pipeline=fresh64(), captions=["a cat", "a dog", "a dog", "a cat"])
+    assert abs(swapped - losses).max() > 1e-4 * max(losses)
+
+
+def lora_values(weights: dict) -> dict:
+    """The factors of a LoRA in a state dict as the twin takes them: (layer, "down" or "up") -> factor."""
+    parts = {".lora_A.default.weight": "down", ".lora_B.default.weight": "up"}
+    return {
+        (name.removesuffix(end), part): value.clone()
+        for name, value in weights.items()
+        for end, part in parts.items()
+        if name.endswith(end)
+    }
+
+
+def test_captions_are_encoded_once_each_and_given_by_image(tiny_pipeline, monkeypatch):
+    asked, real = [], finetune.encode
+    monkeypatch.setattr(finetune, "encode", lambda pipeline, caption: asked.append(caption) or real(pipeline, caption))
+    given = finetune.condition_source(tiny_pipeline, ["b", "a", "b", "c"])
+    assert asked == ["b", "a", "c"]
+    rows = given(torch.tensor([3, 0, 1, 2, 0])).text
+    assert torch.equal(rows, torch.cat([real(tiny_pipeline, caption).text for caption in "cbabb"]))
+    one = finetune.condition_source(tiny_pipeline, ["a"] * 3)(torch.tensor([0, 2]))
+    assert torch.equal(one.text, real(tiny_pipeline, "a").text)
 
 
 def test_lora_is_adamw_on_a_low_rank_addition_and_leaves_the_base_weights_alone(spec, fresh64, pictures, trained):
@@ -181,7 +228,7 @@ def test_lora_is_adamw_on_a_low_rank_addition_and_leaves_the_base_weights_alone(
     parts = {"down": "lora_A.default.weight", "up": "lora_B.default.weight"}
     values = {(name, part): start[f"{name}.{key}"].clone() for name in targets for part, key in parts.items()}
     assert len(values) == len(start)
-    losses = twin_training(pipeline, values, pictures, encode(pipeline, "a dog"), asked, steps=4)
+    losses = twin_training(pipeline, values, pictures, texts(pipeline, *["a dog"] * 4), asked, steps=4)
     weights, found = trained(asked, pipeline=fresh64())
     assert np.allclose(found, losses, rtol=1e-6, atol=0)
     for (name, part), value in values.items():
@@ -209,10 +256,23 @@ def test_a_fresh_adapter_changes_nothing_and_is_fixed_by_the_seed(spec, fresh):
 
 
 @pytest.mark.parametrize(
-    ("method", "saved", "killed"), [("dreambooth", (2,), 4), ("lora", (2,), 4), ("lora", (3,), 3), ("lora", (), 2)]
+    ("method", "saved", "killed", "precision"),
+    [
+        ("dreambooth", (2,), 4, "float32"),
+        ("lora", (2,), 4, "float32"),
+        ("lora", (3,), 3, "float32"),
+        ("lora", (), 2, "float32"),
+        ("dreambooth", (2,), 4, "bfloat16"),
+        ("lora", (3,), 4, "float16"),
+    ],
 )
-def test_killed_and_run_again_the_result_is_the_same_bit_for_bit(spec, trained, monkeypatch, method, saved, killed):
-    asked = spec(method)  # six steps
+def test_killed_and_run_again_the_result_is_the_same_bit_for_bit(
+    spec, trained, monkeypatch, method, saved, killed, precision
+):
+    # in float16 the scale changes every step and soon overflows, so that a scaler that began anew would be seen
+    eager = functools.partial(torch.amp.GradScaler, growth_interval=1, growth_factor=64.0)
+    monkeypatch.setattr(torch.amp, "GradScaler", eager)
+    asked = spec(method, precision=precision)  # six steps
     weights, losses = trained(asked, scratch="uninterrupted")
     real, save, starts = finetune.tqdm, finetune._save, []
 
@@ -300,22 +360,189 @@ def test_defenses_train_and_are_fixed_by_the_seed(spec, trained, transform):
 # the step of the runner
 
 
+@pytest.fixture(scope="module", params=["sd1", "sd2", "sdxl", "alt"])
+def family(request, tmp_path_factory) -> str:
+    """The folder of a tiny model of each family that is fine-tuned."""
+    return str(tiny.save(request.param, tmp_path_factory.mktemp("families") / request.param))
+
+
 @pytest.mark.parametrize("method", finetune.METHODS)
-def test_the_saved_model_predicts_what_was_trained(spec, runs, pictures, tiny_sd, tmp_path, method):
+def test_the_saved_model_predicts_what_was_trained(spec, runs, pictures, family, tmp_path, method):
     """The LoRA has alpha 6 at rank 2: loaded with any other alpha it would predict something else."""
-    asked, pipeline = spec(method, learning_rate=2e-2), load_pipeline(str(tiny_sd))
+    asked, pipeline = spec(method, base=family, learning_rate=2e-2), load_pipeline(family)
     folder = results.complete(asked)
-    text = encode(pipeline, "a dog")
-    losses = finetune.train(pipeline, pictures, text, asked, tmp_path)
+    losses = finetune.train(pipeline, pictures, ["a dog"] * 4, asked, tmp_path)
     assert np.array_equal(np.load(folder / "losses.npy"), losses)
-    assert json.loads((folder / "item.json").read_text()) == {"caption": "a dog", "n_training": 4}
+    assert sorted(path.name for path in folder.iterdir() if path.is_file()) == sorted(
+        ["losses.npy", "manifest.json", *([LORA_FILE] if method == "lora" else [])]
+    )
     assert not (runs / "scratch" / folder.name).exists()
-    pair = load_pair(str(tiny_sd), folder)
+    pair = load_tuned(asked)
+    text = encode(pipeline, "a dog")
     x, t = torch.randn(2, 4, 4, 4, generator=torch.Generator().manual_seed(0)), torch.tensor(300)
     with torch.no_grad():
         found, base = (pair.predict(model, x, t, text) for model in ("tuned", "base"))
-        assert torch.allclose(found, pipeline.unet(x, t, text.text.repeat(2, 1, 1)).sample, atol=1e-5)
+        assert torch.allclose(found, denoise(pipeline.unet, x, t, text), atol=1e-5)
+        assert torch.allclose(base, denoise(load_pipeline(family).unet, x, t, text), atol=1e-5)
     assert (found - base).abs().max() > 1e-2
+
+
+def test_the_first_loss_of_every_family_is_that_of_its_own_schedule_and_prediction(spec, family, pictures, tmp_path):
+    """Computed from the schedule that sampling walks, zero terminal SNR of Stable Diffusion 2 included."""
+    asked, pipeline = spec("dreambooth", base=family, batch_size=4), load_pipeline(family)
+    (text,) = (encode(pipeline, "a dog"),)
+    torch.manual_seed(5 * 1_000_003)
+    chosen = torch.randint(4, (4,))
+    with torch.no_grad():
+        posterior = pipeline.vae.encode(pictures).latent_dist
+        x0 = posterior.mean[chosen] + posterior.std[chosen] * torch.randn(4, 4, 4, 4)
+        x0, t = x0 * pipeline.vae.config.scaling_factor, torch.randint(T, (4,))
+        eps = torch.randn(x0.shape)
+        kept = pipeline.scheduler.alphas_cumprod[t][:, None, None, None]
+        predicted = denoise(pipeline.unet, kept.sqrt() * x0 + (1 - kept).sqrt() * eps, t, text)
+    velocity = pipeline.scheduler.config.prediction_type == "v_prediction"
+    assert velocity == family.endswith("sd2")
+    wanted = kept.sqrt() * eps - (1 - kept).sqrt() * x0 if velocity else eps
+    losses = finetune.train(pipeline, pictures, ["a dog"] * 4, asked, tmp_path)
+    assert losses[0] == pytest.approx(((predicted - wanted) ** 2).mean().item(), rel=1e-4)
+
+
+def test_a_flow_model_is_refused_before_any_image_is_looked_at(spec, runs, tmp_path, monkeypatch):
+    wrong = spec("dreambooth", base=str(tiny.save("sd3", tmp_path / "sd3")))
+    monkeypatch.setattr(finetune, "load_training", lambda part: pytest.fail("an image was looked at"))
+    with pytest.raises(ValueError, match=r"sd3.* is a StableDiffusion3Pipeline, a flow model: fx fine-tunes"):
+        results.complete(wrong)
+    with pytest.raises(ValueError, match="flow model"):
+        results.run([wrong])
+    assert not runs.exists()
+
+
+def test_a_network_that_predicts_a_flow_is_refused_before_training(spec, fresh, pictures, tmp_path, monkeypatch):
+    monkeypatch.setattr(finetune, "prediction_type", lambda pipeline: "flow_prediction")
+    monkeypatch.setattr(finetune, "latent_source", lambda *_: pytest.fail("images were encoded"))
+    with pytest.raises(ValueError, match="models that predict epsilon, sample, v_prediction, not flow_prediction"):
+        finetune.train(fresh(), pictures, ["a dog"] * 4, spec("dreambooth"), tmp_path)
+
+
+# several items
+
+
+def test_first_takes_the_first_images_in_the_order_of_their_names(picture_folder):
+    whole = load_item(str(picture_folder), "a dog")
+    for n in (1, 3, 4):
+        part = load_training(TrainingItem(str(picture_folder), "a dog", first=n))
+        assert part == replace(whole, training=whole.training[:n])
+    assert load_training(TrainingItem(str(picture_folder), "a dog")) == whole
+    for n in (0, -1, 5):
+        with pytest.raises(ValueError, match=f"has 4 training images: first is 1 to 4, not {n}"):
+            load_training(TrainingItem(str(picture_folder), "a dog", first=n))
+    shipped = load_training(TrainingItem("style/mimooh", first=2))
+    assert shipped.training == load_item("style/mimooh").training[:2]
+    assert shipped.caption == load_item("style/mimooh").caption != ""
+    assert shipped.controls == load_item("style/mimooh").controls != ()
+    assert load_training(TrainingItem("style/mimooh", "another")).caption == "another"
+
+
+@pytest.fixture
+def other_folder(picture_folder, tmp_path):
+    """A folder of the same pictures upside down."""
+    (tmp_path / "others").mkdir()
+    for path in sorted(picture_folder.iterdir()):
+        Image.open(path).rotate(180).save(tmp_path / "others" / path.name)
+    return tmp_path / "others"
+
+
+def test_several_items_are_learned_together_in_the_order_given(spec, runs, trained, picture_folder, other_folder):
+    dog, cat = TrainingItem(str(picture_folder), "a dog", 2), TrainingItem(str(other_folder), "a cat", 3)
+    for parts, captions in (((dog, cat), ["a dog"] * 2 + ["a cat"] * 3), ((cat, dog), ["a cat"] * 3 + ["a dog"] * 2)):
+        asked = spec("lora", training=parts)
+        images = torch.cat([load_images(load_training(part).training, 16) for part in parts])
+        _, losses = trained(asked, images, scratch=f"{captions[0]}", captions=captions)
+        assert len(losses) == 8  # 5 images, 3 steps for each, 2 at a time
+        assert np.array_equal(np.load(results.complete(asked) / "losses.npy"), losses)
+    specs = [spec("lora", training=parts) for parts in ((dog, cat), (cat, dog), (dog,), (cat,), (dog, dog))]
+    assert len({results.digest(s) for s in specs}) == 5
+
+
+def test_several_captions_are_no_single_one_and_generate_asks_for_it(spec, picture_folder, other_folder):
+    dog, same = TrainingItem(str(picture_folder), "a dog"), TrainingItem(str(other_folder), "a dog")
+    both = (dog, replace(same, caption="a cat"))
+    assert own_caption(spec("lora")) == own_caption(spec("lora", training=(dog, same))) == "a dog"
+    assert own_caption(spec("lora", training=both)) is None
+    assert tuned.own_training(spec("lora", training=both)) == both
+    shipped = TrainingItem("style/mimooh")
+    assert own_caption(spec("lora", training=(shipped,))) == load_item("style/mimooh").caption
+
+
+# precision
+
+
+def test_networks_run_in_the_precision_asked_for_and_weights_and_optimiser_in_float32(
+    spec, runs, fresh, pictures, tmp_path, monkeypatch
+):
+    for precision, expected in (("float32", torch.float32), ("bfloat16", torch.bfloat16), ("float16", torch.float16)):
+        for method in finetune.METHODS:
+            pipeline, seen = fresh(), []
+            pipeline.unet.conv_out.register_forward_hook(lambda *call, seen=seen: seen.append(call[2].dtype))
+            monkeypatch.setattr(finetune, "SAVE_EVERY", -1.0)
+            (scratch := tmp_path / f"{precision}{method}").mkdir()
+            finetune.train(pipeline, pictures, ["a dog"] * 4, spec(method, precision=precision), scratch)
+            assert set(seen) == {expected}
+            state = torch.load(scratch / "state.pt", weights_only=True)
+            kept = [*state["trained"], *(v for entry in state["optimizer"]["state"].values() for v in entry.values())]
+            assert {value.dtype for value in [*kept, *pipeline.unet.parameters()]} == {torch.float32}
+            assert bool(state["scaler"]) == (precision == "float16")
+
+
+@pytest.mark.parametrize("method", finetune.METHODS)
+def test_half_precision_trains_nearly_the_same_and_is_another_step_kept_in_float32(spec, runs, method):
+    folders = {name: results.complete(spec(method, precision=name)) for name in finetune.PRECISIONS}
+    assert len(set(folders.values())) == 3
+    weights = {name: load_file(folder / WEIGHTS[method]) for name, folder in folders.items()}
+    assert {value.dtype for found in weights.values() for value in found.values()} == {torch.float32}
+    losses = {name: np.load(folder / "losses.npy") for name, folder in folders.items()}
+    for name, tolerance in (("bfloat16", 0.05), ("float16", 0.01)):
+        assert np.allclose(losses[name], losses["float32"], rtol=tolerance)
+        assert not np.array_equal(losses[name], losses["float32"])
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
+def test_the_loss_goes_down_in_half_precision(spec, trained, pictures, precision):
+    asked = spec("dreambooth", steps_per_image=160, batch_size=4, learning_rate=5e-3, precision=precision)
+    _, losses = trained(asked, pictures[:1])
+    assert losses[-10:].mean() < 0.75 * losses[:5].mean()
+
+
+@pytest.mark.parametrize("enabled", [False, True])
+def test_an_update_is_adamw_on_the_clipped_gradient_whatever_the_scale(enabled):
+    parameter = torch.nn.Parameter(torch.tensor([1.0, -2.0]))
+    optimizer = torch.optim.AdamW([parameter], lr=0.1, weight_decay=0.01)
+    scaler = torch.amp.GradScaler("cpu", enabled=enabled)
+    for scale in (3.0, 0.05):  # gradients of norm above and below 1
+        loss = finetune._update(scale * (parameter * torch.tensor([3.0, 4.0])).sum(), [parameter], optimizer, scaler)
+    direction, value, first, second = np.array([0.6, 0.8]), np.array([1.0, -2.0]), 0.0, 0.0
+    for step, norm in ((1, 1.0), (2, 0.25)):
+        expected = (0.05 * value * [3, 4]).sum()
+        first, second = 0.9 * first + 0.1 * norm * direction, 0.999 * second + 0.001 * (norm * direction) ** 2
+        mean, square = first / (1 - 0.9**step), second / (1 - 0.999**step)
+        value = value * (1 - 0.1 * 0.01) - 0.1 * mean / (np.sqrt(square) + 1e-8)
+    assert np.allclose(parameter.detach(), value, atol=1e-5)
+    assert loss == pytest.approx(expected, rel=1e-5)
+    assert parameter.grad is None
+
+
+def test_a_step_whose_gradient_overflows_is_left_out_and_the_scale_falls():
+    parameter = torch.nn.Parameter(torch.tensor([1.0]))
+    optimizer, scaler = torch.optim.AdamW([parameter], lr=0.1), torch.amp.GradScaler("cpu", enabled=True)
+    scale = scaler.get_scale()
+    finetune._update((parameter * 1e38).sum(), [parameter], optimizer, scaler)
+    assert parameter.item() == 1.0
+    assert scaler.get_scale() == scale / 2
+    finetune._update(parameter.sum(), [parameter], optimizer, scaler)
+    assert parameter.item() < 0.91
+
+
+# addresses and refusals
 
 
 def test_the_digest_follows_images_caption_and_base_model(spec, picture_folder, tiny_sd, tmp_path):
@@ -323,10 +550,12 @@ def test_the_digest_follows_images_caption_and_base_model(spec, picture_folder, 
     shutil.copytree(picture_folder, images)
     shutil.copytree(tiny_sd, base)
 
-    def asked(**options) -> str:
-        return results.digest(replace(spec("dreambooth"), item=str(images), base=str(base), **options))
+    def asked(caption="a dog", **options) -> str:
+        return results.digest(
+            spec("dreambooth", training=(TrainingItem(str(images), caption),), base=str(base), **options)
+        )
 
-    digests = [asked(), asked(caption="a cat"), asked(seed=6)]
+    digests = [asked(), asked(caption="a cat"), asked(seed=6), asked(precision="bfloat16")]
     with Image.open(images / "2.png") as image:
         image.rotate(180).save(images / "2.png")
     digests.append(asked())
@@ -341,7 +570,7 @@ def test_the_digest_follows_images_caption_and_base_model(spec, picture_folder, 
 
 
 def test_the_digest_follows_the_caption_that_a_shipped_item_brings_along(spec, monkeypatch):
-    asked = replace(spec("dreambooth"), item="style/mimooh", caption="")
+    asked = spec("dreambooth", training=(TrainingItem("style/mimooh"),))
     item, digests = load_item("style/mimooh", "one"), []
     for caption in ("one", "two"):
         monkeypatch.setattr(finetune, "load_item", lambda *_, caption=caption: replace(item, caption=caption))
@@ -365,6 +594,11 @@ def test_the_digest_follows_the_caption_that_a_shipped_item_brings_along(spec, m
         ("lora", {"learning_rate": 1.0}, "learning_rate 1.0 between 0 and 1"),
         ("lora", {"seed": -1}, "seed -1 must be at least 0"),
         ("lora", {"learning_rate": float("nan")}, "learning_rate nan between 0 and 1"),
+        ("lora", {"precision": "fp16"}, "unknown precision 'fp16': choose from float32, bfloat16, float16"),
+        ("lora", {"training": ()}, "training is empty: name at least one TrainingItem"),
+        ("lora", {"training": "style/mimooh"}, "training 'style/mimooh' must be a tuple of TrainingItem"),
+        ("lora", {"training": TrainingItem("style/mimooh")}, "must be a tuple of TrainingItem"),
+        ("lora", {"training": ("style/mimooh",)}, "must be a tuple of TrainingItem"),
     ],
 )
 def test_impossible_specs_are_refused(spec, method, options, message):
@@ -376,13 +610,17 @@ def test_impossible_specs_are_refused(spec, method, options, message):
     ("changes", "error", "message"),
     [
         ({"item": "style/nobody"}, FileNotFoundError, "neither a folder of images nor a shipped item"),
-        ({"caption": ""}, ValueError, "needs a caption"),
+        ({"caption": None}, ValueError, "needs a caption"),
         ({"base": "no-sd"}, FileNotFoundError, "unknown model 'no-sd'"),
         ({"caption": "dog " * 30}, ValueError, "has 32 tokens, the text encoder reads at most 16"),
+        ({"first": 5}, ValueError, "has 4 training images: first is 1 to 4, not 5"),
     ],
 )
 def test_a_wrong_item_caption_or_model_is_refused_before_any_work(spec, runs, changes, error, message):
-    wrong = replace(spec("lora"), **changes)
+    right = spec("lora")
+    base = changes.get("base", right.base)
+    part = replace(right.training[0], **{name: value for name, value in changes.items() if name != "base"})
+    wrong = replace(right, base=base, training=(right.training[0], part))  # what is wrong comes second
     with pytest.raises(error, match=message):
         results.run([spec("lora"), wrong])
     assert not runs.exists()  # the first spec of the list was not begun either

@@ -13,6 +13,8 @@ from matplotlib.patches import FancyArrowPatch
 from PIL import Image
 
 from fx import plots
+from fx.paths import COMPLETE
+from fx.sampling import ARMS
 
 
 @pytest.fixture(autouse=True)
@@ -199,8 +201,37 @@ def test_score_curves_has_a_panel_per_method_a_line_per_guided_arm_and_direct_as
     assert figure.axes[0].get_legend() is None
 
 
-def test_every_arm_colour_has_a_label():
-    assert plots.ARM_COLOURS.keys() == plots.ARM_LABELS.keys()
+def test_every_arm_that_can_be_sampled_has_a_colour_of_its_own_and_a_label():
+    assert plots.ARM_COLOURS.keys() == plots.ARM_LABELS.keys() == ARMS.keys()
+    assert len({to_rgb(colour) for colour in plots.ARM_COLOURS.values()}) == len(ARMS)
+
+
+def test_known_arms_are_those_of_the_rows_in_the_order_of_the_colours():
+    assert plots.known_arms(scored()) == ["direct", "cfg", "finextract"]
+    every = pd.DataFrame({"arm": [*reversed(plots.ARM_COLOURS)] * 2})
+    assert plots.known_arms(every) == list(plots.ARM_COLOURS)
+
+
+def test_an_arm_without_a_colour_is_refused_and_not_left_out():
+    rows = pd.concat([scored(), scored().assign(arm="magic"), scored().assign(arm="art")])
+    message = r"no colour for the arm art, magic: add it to fx\.plots\.ARM_COLOURS and ARM_LABELS"
+    for draw in (plots.known_arms, plots.scores_by_arm, lambda r: plots.score_curves(r, "item", block="block")):
+        with pytest.raises(ValueError, match=message):
+            draw(rows)
+
+
+def test_a_figure_of_the_complete_run_is_the_committed_file_or_a_sentence(tmp_path, monkeypatch):
+    monkeypatch.setattr(plots, "SHIPPED_FIGURES", tmp_path)
+    monkeypatch.setattr(plots, "FIGURES", tmp_path / "elsewhere")  # where this run writes does not count
+    said = plots.complete("table01")
+    assert said == f"table01-{COMPLETE}.png: there is no complete run (fx.reproduce --profile {COMPLETE}) yet"
+    assert "table01-paper.png: there is no complete run (fx.reproduce --profile paper)" in plots.complete(
+        "table01", "paper"
+    )
+    for profile, seed in ((COMPLETE, 0), ("paper", 1)):
+        Image.fromarray(tiles(1, seed)[0]).save(path := tmp_path / f"table01-{profile}.png")
+        assert plots.complete("table01", profile).data == path.read_bytes()
+    assert plots.complete("table01").data == (tmp_path / f"table01-{COMPLETE}.png").read_bytes()
 
 
 def test_method_drawing_leads_from_both_models_to_the_extracted_centres():

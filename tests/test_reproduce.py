@@ -94,9 +94,31 @@ def test_parameters_of_the_command_line_win(notebooks):
     assert given == {"artists": 7, "learning_rate": 2.0e-4, "quick": True, "method": "dreambooth"}
 
 
-def test_mini_needs_no_file_and_reads_one_that_is_there(notebooks):
-    assert reproduce.parameters(notebooks / "01-fine-tuning.ipynb", "mini", {}) == {}
-    assert reproduce.parameters(notebooks / "03-extraction.ipynb", "mini", {}) == {"artists": 2}
+def test_quick_needs_no_file_and_reads_one_that_is_there(notebooks):
+    assert reproduce.DEFAULTS == "quick"
+    assert reproduce.parameters(notebooks / "03-extraction.ipynb", "quick", {}) == {}
+    (notebooks / "params/quick").mkdir()
+    (notebooks / "params/quick/03-extraction.yaml").write_text("artists: 5\n")
+    assert reproduce.parameters(notebooks / "03-extraction.ipynb", "quick", {}) == {"artists": 5}
+    assert reproduce.parameters(notebooks / "01-fine-tuning.ipynb", "quick", {}) == {}
+
+
+def test_profiles_are_quick_and_the_folders_that_hold_parameters(notebooks):
+    assert reproduce.profiles() == ["quick", "mini", "smoke"]
+    (notebooks / "params/empty").mkdir()
+    (notebooks / "params/quick").mkdir()
+    (notebooks / "params/quick/03-extraction.yaml").write_text("artists: 5\n")
+    (notebooks / "params/paper").mkdir()
+    (notebooks / "params/paper/01-fine-tuning.yaml").touch()
+    assert reproduce.profiles() == ["quick", "mini", "paper", "smoke"]
+
+
+def test_quick_is_the_default_and_goes_into_its_own_folder(notebooks, executed, tmp_path):
+    reproduce.main([])
+    assert [Path(call[1]) for call in executed] == [
+        tmp_path / "runs/executed/quick" / name for name in ("01-fine-tuning.ipynb", "03-extraction.ipynb")
+    ]
+    assert [call[2] for call in executed] == [{}, {}]
 
 
 def test_a_file_without_entries_changes_nothing(notebooks):
@@ -106,16 +128,19 @@ def test_a_file_without_entries_changes_nothing(notebooks):
 def test_another_profile_needs_a_file_for_the_notebook(notebooks):
     with pytest.raises(ValueError, match=r"the profile smoke has no parameters for 00-mini-models\.ipynb"):
         reproduce.parameters(notebooks / "00-mini-models.ipynb", "smoke", {})
+    with pytest.raises(ValueError, match=r"the profile mini has no parameters for 01-fine-tuning\.ipynb"):
+        reproduce.parameters(notebooks / "01-fine-tuning.ipynb", "mini", {})
+    assert reproduce.parameters(notebooks / "03-extraction.ipynb", "mini", {}) == {"artists": 2}
 
 
 def test_an_unknown_profile_is_named_with_the_known_ones(notebooks):
-    with pytest.raises(ValueError, match=r"unknown profile 'fast': choose from mini, smoke$"):
+    with pytest.raises(ValueError, match=r"unknown profile 'fast': choose from quick, mini, smoke$"):
         reproduce.parameters(notebooks / "01-fine-tuning.ipynb", "fast", {})
 
 
 def test_an_unknown_parameter_is_named_with_the_known_ones(notebooks):
     with pytest.raises(ValueError, match="has no parameter artist, step: its parameters are artists, learning_rate, "):
-        reproduce.parameters(notebooks / "01-fine-tuning.ipynb", "mini", {"step": 1, "artist": 2, "artists": 3})
+        reproduce.parameters(notebooks / "01-fine-tuning.ipynb", "quick", {"step": 1, "artist": 2, "artists": 3})
     (notebooks / "params/smoke/01-fine-tuning.yaml").write_text("artits: 1\n")
     with pytest.raises(ValueError, match="no parameter artits"):
         reproduce.parameters(notebooks / "01-fine-tuning.ipynb", "smoke", {})
@@ -254,7 +279,8 @@ def test_a_file_that_is_no_notebook_is_named(notebooks):
 def test_a_failing_notebook_stops_the_run(notebooks, tmp_path):
     with pytest.raises(papermill.PapermillExecutionError, match="thirteen is refused"):
         reproduce.main(["01", "03", "-p", "artists=13"])
-    assert not (tmp_path / "runs/executed/mini/03-extraction.ipynb").exists()
+    assert (tmp_path / "runs/executed/quick/01-fine-tuning.ipynb").exists()
+    assert not (tmp_path / "runs/executed/quick/03-extraction.ipynb").exists()
 
 
 @pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")
@@ -278,9 +304,9 @@ def test_command_ends_with_one_line_for_a_wrong_number(monkeypatch):
 )
 def test_parameters_refuse_a_value_of_another_type(notebooks, name, value, wanted):
     with pytest.raises(ValueError, match=f"{name} takes {wanted}, not {value!r}"):
-        reproduce.parameters(notebooks / "01-fine-tuning.ipynb", "mini", {name: value})
+        reproduce.parameters(notebooks / "01-fine-tuning.ipynb", "quick", {name: value})
 
 
 def test_parameters_take_a_whole_number_for_a_float(notebooks):
-    given = reproduce.parameters(notebooks / "01-fine-tuning.ipynb", "mini", {"learning_rate": 1})
+    given = reproduce.parameters(notebooks / "01-fine-tuning.ipynb", "quick", {"learning_rate": 1})
     assert given == {"learning_rate": 1}

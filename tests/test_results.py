@@ -19,8 +19,9 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, make_dataclass, replace
+from dataclasses import dataclass, field, make_dataclass, replace
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pandas as pd
@@ -86,6 +87,25 @@ class Faulty:
 
 
 @dataclass(frozen=True)
+class Read:
+    """No step: names a file that the step around it reads."""
+
+    source: str
+    label: str = "a"
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A step of n files, of which a larger n holds all of a smaller one."""
+
+    GROWS: ClassVar[str] = "n"
+
+    n: int
+    label: str = "a"
+    inner: object = None
+
+
+@dataclass(frozen=True)
 class Unheard:
     """A spec without a function."""
 
@@ -144,6 +164,22 @@ def _(spec: Copy, folder: Path) -> None:
 @results.inputs.register
 def _(spec: Copy) -> dict[str, str]:
     return {"source": results.sha256_of(spec.source)}
+
+
+@results.inputs.register
+def _(spec: Read) -> dict[str, str]:
+    return {"source": results.sha256_of(spec.source)}
+
+
+@results.perform.register
+def _(spec: Drawn, folder: Path) -> None:
+    known = {path.name: path for other in results.relatives(spec) for path in other.glob("*.txt")}
+    for number in range(spec.n):
+        if name := known.get(f"{number}.txt"):
+            shutil.copy(name, folder)
+        else:
+            log(f"drawn {number}")
+            (folder / f"{number}.txt").write_text(f"{number} {spec.label}")
 
 
 @results.perform.register
@@ -546,10 +582,10 @@ def test_a_file_is_read_once_per_process(monkeypatch):
 def test_the_manifest_says_what_was_done(tmp_path):
     source = tmp_path / "source.bin"
     source.write_bytes(b"abc")
-    folder = results.complete(Around(Copy(str(source)), seed=5))
+    folder = results.complete(Around(Read(str(source)), seed=5))
     manifest = json.loads((folder / "manifest.json").read_text())
-    inner = {"kind": "copy", "fields": {"source": str(source)}}
-    assert manifest["spec"] == {"kind": "around", "fields": {"inner": inner, "seed": 5}}
+    inner = {"kind": "read", "version": 1, "fields": {"source": str(source), "label": "a"}}
+    assert manifest["spec"] == {"kind": "around", "version": 1, "fields": {"inner": inner, "seed": 5}}
     assert manifest["inputs"] == {"inner.source": hashlib.sha256(b"abc").hexdigest()}
     assert manifest["files"] == {"scores.json": hashlib.sha256((folder / "scores.json").read_bytes()).hexdigest()}
     assert manifest["versions"].keys() == {"python", "torch", "diffusers", "transformers", "peft", "numpy", "fx"}
@@ -591,7 +627,7 @@ def test_environment_summary_is_one_line_of_versions():
 
 
 def test_digest_is_the_sha256_of_the_canonical_json():
-    text = '{"inputs":{},"spec":{"fields":{"label":"a","number":3,"seed":0},"kind":"square"}}'
+    text = '{"inputs":{},"spec":{"fields":{"label":"a","number":3,"seed":0},"kind":"square","version":1}}'
     assert results.digest(Square(3)) == hashlib.sha256(text.encode()).hexdigest()[:16]
     assert results.folder(Square(3)) == results.RUNS / "square" / results.digest(Square(3))
     assert not results.RUNS.exists()
@@ -631,6 +667,139 @@ def test_values_that_differ_in_anything_have_different_digests():
     assert len({results.digest(Around(value)) for value in values}) == len(set(map(repr, values))) == len(values)
 
 
+def test_a_nested_step_enters_by_its_address_alone_and_any_other_spec_with_all_it_has(tmp_path):
+    source = tmp_path / "secret-images"
+    source.write_bytes(b"abc")
+    step, read = Copy(str(source)), Read(str(source), "plain words")
+    folder = results.complete(Around((Mean((Square(5, "hush"),)), step, read)))
+    text = (folder / "manifest.json").read_text()
+    manifest = json.loads(text)
+    mean, copied, described = manifest["spec"]["fields"]["inner"]
+    assert mean == {"kind": "mean", "digest": results.digest(Mean((Square(5, "hush"),)))}
+    assert copied == {"kind": "copy", "digest": results.digest(step)}
+    fields = {"source": str(source), "label": "plain words"}
+    assert described == {"kind": "read", "version": 1, "fields": fields}
+    assert manifest["inputs"] == {"inner[2].source": hashlib.sha256(b"abc").hexdigest()}
+    hidden = results.complete(Around((Mean((Square(5, "hush"),)), step))) / "manifest.json"
+    for secret in ("secret-images", "hush", hashlib.sha256(b"abc").hexdigest()):
+        assert secret not in hidden.read_text()
+
+
+def test_inputs_of_a_nested_step_change_the_address_of_the_steps_around_it(tmp_path):
+    source = tmp_path / "source"
+    source.write_bytes(b"one")
+    specs = [Around(Around(Copy(str(source)))), Around(Around((1, Read(str(source)))))]
+    before = [results.digest(spec) for spec in specs]
+    source.write_bytes(b"three")
+    assert not {*before} & {results.digest(spec) for spec in specs}
+
+
+def test_a_version_is_part_of_the_address_of_a_step_and_of_those_built_on_it(monkeypatch):
+    specs = [Square(3), Mean((Square(3),)), Around((1, Mean((Square(3),)))), Around(Unheard()), Around(1)]
+    before = [results.digest(spec) for spec in specs]
+    old = results.complete(Square(3))
+    monkeypatch.setattr(Square, "VERSION", 1, raising=False)  # 1 is what a class without one has
+    assert [results.digest(spec) for spec in specs] == before
+    monkeypatch.setattr(Square, "VERSION", 2)
+    monkeypatch.setattr(Unheard, "VERSION", 2, raising=False)  # no step, and still a part of one
+    changed = [results.digest(spec) != digest for spec, digest in zip(specs, before, strict=True)]
+    assert changed == [True, True, True, True, False]
+    assert results.complete(Square(3)) != old
+    assert calls() == {"square 3": 2}
+    assert old.is_dir()
+    assert set_aside() == []
+
+
+def test_a_field_that_came_later_keeps_the_address_with_the_value_that_means_absent():
+    def later(*fields):
+        return make_dataclass("Toy", [("number", int), *fields], frozen=True)
+
+    plain = later()(1)
+    new = later(("extra", str, field(default="none", metadata={"absent": "none"})))
+    assert results.digest(new(1)) == results.digest(new(1, "none")) == results.digest(plain)
+    assert results.digest(Around(new(1))) == results.digest(Around(plain))
+    assert results.digest(new(1, "some")) != results.digest(plain)
+    assert results.digest(new(1, None)) not in (results.digest(plain), results.digest(new(1, "some")))
+    unmarked = later(("extra", str, field(default="none")))
+    assert results.digest(unmarked(1)) != results.digest(plain)
+    # what is absent from the address is still a column of the table
+    assert results.run([Around(new(1))])["extra"].tolist() == ["none"]
+
+
+# steps that grow
+
+
+def test_a_number_that_grows_stands_at_the_end_of_the_address_alone():
+    digests = {n: results.digest(Drawn(n)) for n in (1, 2, 10)}
+    stems = {digest.rpartition("-")[0] for digest in digests.values()}
+    assert stems == {hashlib.sha256(results._canonical(without_n()).encode()).hexdigest()[:16]}
+    assert [digest.rpartition("-")[2] for digest in digests.values()] == ["1", "2", "10"]
+    assert results.digest(Drawn(2, "b")).rpartition("-")[0] not in stems
+    assert results.digest(Around(Drawn(1))) != results.digest(Around(Drawn(2)))
+    folder = results.complete(Drawn(2))
+    assert folder == results.RUNS / "drawn" / digests[2]
+    assert json.loads((folder / "manifest.json").read_text())["spec"]["fields"]["n"] == 2
+
+
+def without_n() -> dict:
+    """What the stem of the address of Drawn(n) is the SHA-256 of."""
+    return {"spec": {"kind": "drawn", "version": 1, "fields": {"label": "a", "inner": None}}, "inputs": {}}
+
+
+def test_relatives_are_finished_steps_of_other_numbers_largest_first(tmp_path):
+    assert results.relatives(Drawn(3)) == []
+    for spec in (Drawn(2), Drawn(10), Drawn(3), Drawn(4, "b"), Drawn(5, inner=Square(1)), Around(Drawn(1))):
+        results.complete(spec)
+    assert results.relatives(Drawn(3)) == [results.folder(Drawn(10)), results.folder(Drawn(2))]
+    assert results.relatives(Drawn(7)) == [results.folder(Drawn(n)) for n in (10, 3, 2)]
+    assert results.relatives(Drawn(7, "b")) == [results.folder(Drawn(4, "b"))]
+    assert calls()["drawn 0"] == 3, "one for each label and inner step"
+
+
+def test_relatives_follow_the_inputs(tmp_path):
+    source = tmp_path / "source"
+    source.write_bytes(b"one")
+    spec = Drawn(2, inner=Read(str(source)))
+    results.complete(spec)
+    assert len(results.relatives(replace(spec, n=3))) == 1
+    source.write_bytes(b"three")
+    assert results.relatives(replace(spec, n=3)) == []
+
+
+@pytest.mark.parametrize("fault", ["changed", "unknown", "manifest", "foreign", "renamed", "unfinished", "set aside"])
+def test_relatives_are_none_that_are_damaged_foreign_or_unfinished(fault):
+    folder = results.complete(Drawn(2))
+    match fault:
+        case "changed":
+            (folder / "0.txt").write_text("1 a")
+        case "unknown":
+            (folder / "2.txt").write_text("2 a")
+        case "manifest":
+            (folder / "manifest.json").unlink()
+        case "foreign":
+            shutil.rmtree(folder)
+            shutil.copytree(results.complete(Drawn(2, "b")), folder)
+        case "renamed":  # what was done for n = 2 lies where n = 5 is looked for
+            folder.rename(folder.with_name(folder.name.replace("-2", "-5")))
+        case "unfinished":
+            folder.rename(folder.with_name(f"{folder.name}.part-1-node-2"))
+        case "set aside":
+            folder.rename(folder.with_name(f"{folder.name}.set-aside-2"))
+    assert results.relatives(Drawn(3)) == []
+    results.complete(Drawn(3))
+    assert [(results.folder(Drawn(3)) / f"{i}.txt").read_text() for i in range(3)] == ["0 a", "1 a", "2 a"]
+
+
+def test_a_damaged_step_that_grows_is_set_aside_and_its_relatives_help():
+    for n in (2, 3):
+        results.complete(Drawn(n))
+    (results.folder(Drawn(3)) / "2.txt").write_text("wrong")
+    with pytest.warns(UserWarning, match=r"changed: 2\.txt"):
+        results.complete(Drawn(3))
+    assert calls() == {"drawn 0": 1, "drawn 1": 1, "drawn 2": 2}
+    assert (results.folder(Drawn(3)) / "2.txt").read_text() == "2 a"
+
+
 @given(st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(max_size=5))
 @settings(max_examples=30)
 def test_digest_depends_on_the_value_alone(value):
@@ -647,7 +816,8 @@ def test_digest_depends_on_the_value_alone(value):
         (math.nan, "Around.inner is nan"),
         (-math.inf, "Around.inner is -inf"),
         (np.int64(3), "Around.inner is "),
-        (Around({1}), "Around.inner.inner is "),
+        (Around({1}), r"Around\.inner is \{1\}"),  # a nested step is asked for its own address
+        (make_dataclass("Wrap", {"deep": set}, frozen=True)({1}), r"Around\.inner\.deep is \{1\}"),
     ],
 )
 def test_a_field_that_is_not_plain_is_refused_by_name_before_any_work(value, name):
@@ -677,7 +847,7 @@ def test_changed_input_content_is_another_step_and_the_old_one_stays(tmp_path):
 def test_two_inputs_of_one_step_are_told_apart_by_their_way(tmp_path):
     for name in ("a", "b"):
         (tmp_path / name).write_text(name)
-    a, b = (Copy(str(tmp_path / name)) for name in ("a", "b"))
+    a, b = (Read(str(tmp_path / name)) for name in ("a", "b"))
     inputs = json.loads((results.complete(Around((a, b))) / "manifest.json").read_text())["inputs"]
     assert inputs == {"inner[0].source": results.sha256_of(a.source), "inner[1].source": results.sha256_of(b.source)}
 
@@ -729,6 +899,91 @@ def test_sha256_of_a_folder_follows_links(tmp_path):
     before = results.sha256_of(tmp_path / "here")
     (tmp_path / "there" / "image").write_text("22")
     assert results.sha256_of(tmp_path / "here") != before
+
+
+@pytest.fixture
+def large(tmp_path, monkeypatch) -> Path:
+    """A file that counts as large."""
+    monkeypatch.setattr(results, "LARGE", 8)
+    path = tmp_path / "large.bin"
+    path.write_bytes(b"large one")
+    return path
+
+
+@pytest.fixture
+def reads(monkeypatch) -> list[str]:
+    """The names of the files that were read to be hashed, from now on."""
+    real, names = hashlib.file_digest, []
+    monkeypatch.setattr(
+        hashlib, "file_digest", lambda file, kind: names.append(Path(file.name).name) or real(file, kind)
+    )
+    return names
+
+
+def as_a_new_process() -> None:
+    """Forget the hashes that this process remembers."""
+    results._sha256_of_file.cache_clear()
+
+
+def test_a_large_file_is_read_once_by_all_processes_and_a_small_one_by_each(large, reads):
+    small = large.with_name("small.bin")
+    small.write_bytes(b"small")
+    for _ in range(3):
+        as_a_new_process()
+        assert results.sha256_of(large) == hashlib.sha256(b"large one").hexdigest()
+        assert results.sha256_of(small) == hashlib.sha256(b"small").hexdigest()
+    assert reads == ["large.bin", "small.bin", "small.bin", "small.bin"]
+    (note,) = (results.RUNS / "hashes").iterdir()
+    assert json.loads(note.read_text())["sha256"] == hashlib.sha256(b"large one").hexdigest()
+
+
+def test_a_large_file_rewritten_with_the_same_size_and_time_is_noticed(large):
+    before, stat = results.sha256_of(large), large.stat()
+    time.sleep(0.02)  # longer than the tick of the file system's clock
+    large.write_bytes(b"large two")
+    os.utime(large, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    as_a_new_process()
+    assert results.sha256_of(large) == hashlib.sha256(b"large two").hexdigest() != before
+
+
+def test_a_large_file_in_the_place_of_another_is_noticed(large):
+    results.sha256_of(large)
+    other = large.with_name("other.bin")
+    other.write_bytes(b"large two")
+    other.replace(large)
+    as_a_new_process()
+    assert results.sha256_of(large) == hashlib.sha256(b"large two").hexdigest()
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda note: "",
+        lambda note: note[:-9],
+        lambda note: "[1, 2]",
+        lambda note: json.dumps({"file": json.loads(note)["file"]}),
+        lambda note: json.dumps(json.loads(note) | {"sha256": "abc"}),
+        lambda note: json.dumps(json.loads(note) | {"sha256": 5}),
+        lambda note: json.dumps(json.loads(note) | {"sha256": f"{'0' * 64}\n"}),
+        lambda note: json.dumps({"file": ["another", *json.loads(note)["file"][1:]], "sha256": "0" * 64}),
+    ],
+)
+def test_a_note_that_is_damaged_or_of_another_file_is_not_trusted(large, reads, damage):
+    expected = results.sha256_of(large)
+    (note,) = (results.RUNS / "hashes").iterdir()
+    good = note.read_text()
+    note.write_text(damage(good))
+    as_a_new_process()
+    assert results.sha256_of(large) == expected
+    assert reads == ["large.bin"] * 2
+    assert note.read_text() == good, "and it is mended"
+    assert [path.name for path in note.parent.iterdir()] == [note.name]
+
+
+def test_a_work_area_that_cannot_be_written_is_no_obstacle_to_hashing(large, tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(results, "RUNS", tmp_path / "file" / "runs")
+    assert results.sha256_of(large) == hashlib.sha256(b"large one").hexdigest()
 
 
 def test_nothing_to_hash_is_an_error(tmp_path):

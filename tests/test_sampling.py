@@ -1,23 +1,29 @@
 """Sampling against diffusers' own pipeline and closed forms; resume, batches and seeds."""
 
 import copy
+import os
+import shutil
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, PNDMScheduler, StableDiffusionPipeline
+from PIL import Image
 from scipy import stats
 
 from fx import guidance, results, sampling
 from fx.families import decode, encode, make_scheduler
-from fx.finetune import FineTune
+from fx.finetune import FineTune, TrainingItem
 from fx.mini.sd import scheduler
-from fx.models import ModelPair, load_pair
-from fx.sampling import Generate
+from fx.models import ModelPair
+from fx.sampling import BLOCK, Generate, generated_pictures, picture_file
+from fx.tuned import Checkpoint, load_tuned
 
 CAPTION = "a dog"
+MIMOOH = FineTune((TrainingItem("style/mimooh"),))
 SHAPE = (4, 4, 4)
 STEPS = 3
 # alpha-bar of Stable Diffusion's schedule, float64 [1000]
@@ -46,7 +52,7 @@ def same_pair(tiny_pipeline) -> ModelPair:
 def images(pair: ModelPair, arm: str, w: float = 1.0, k: float = 0.0, caption: str = CAPTION) -> torch.Tensor:
     """Three samples before they are rounded, float32 [3, 3, 16, 16]."""
     predict = sampling.predictor(pair, caption, arm)
-    x = sampling.starting_latents(SHAPE, 7, 0, 3)
+    x = sampling.starting_latents(SHAPE, 7, range(0, 3))
     return decode(pair.tuned, sampling.walk(predict, x, scheduler(), STEPS, w, k))
 
 
@@ -82,7 +88,7 @@ def test_direct_and_cfg_are_what_the_stock_pipeline_samples(pair, arm, w):
         [CAPTION] * 3,
         num_inference_steps=STEPS,
         guidance_scale=w,
-        latents=sampling.starting_latents(SHAPE, 7, 0, 3),
+        latents=sampling.starting_latents(SHAPE, 7, range(0, 3)),
         output_type="pt",
     ).images
     found = images(pair, arm, w)
@@ -151,15 +157,15 @@ def test_arms_and_scales_that_do_not_go_together_are_refused(pair, arm, w, k, me
     with pytest.raises(ValueError, match=message):
         sampling.sample(pair, CAPTION, 1, arm, w, k)
     with pytest.raises(ValueError, match=message):
-        Generate(FineTune("style/mimooh"), arm, w, k)
+        Generate(MIMOOH, arm, w, k)
 
 
-@pytest.mark.parametrize("options", [{"images_per_training": 0}, {"steps": 0}, {"steps": 1000}])
+@pytest.mark.parametrize("options", [{"n_generated": 0}, {"steps": 0}, {"steps": 1000}])
 def test_impossible_numbers_are_refused(options):
-    with pytest.raises(ValueError, match=r"images_per_training .* must be at least 1, steps .* within 1\.\.999"):
-        Generate(FineTune("style/mimooh"), **options)
+    with pytest.raises(ValueError, match=r"n_generated .* must be at least 1, steps .* within 1\.\.999"):
+        Generate(MIMOOH, **options)
     with pytest.raises(ValueError, match="seed -1 must be at least 0"):
-        Generate(FineTune("style/mimooh"), seed=-1)
+        Generate(MIMOOH, seed=-1)
 
 
 # DDIM
@@ -395,12 +401,14 @@ def test_scales_that_do_not_fit_the_steps_are_refused_before_a_network_is_asked(
 
 
 def test_a_spec_takes_a_scale_per_step_and_checks_it_at_once():
-    tune = FineTune("style/mimooh")
+    tune = MIMOOH
     assert Generate(tune, guidance_scale=(3.0, 2.0), steps=2).guidance_scale == (3.0, 2.0)
     with pytest.raises(ValueError, match="guidance_scale has 2 values for 25 sampling steps"):
         Generate(tune, guidance_scale=(3.0, 2.0))
     with pytest.raises(ValueError, match="unknown sampler 'heun': choose from ddim"):
         Generate(tune, sampler="heun")
+    with pytest.raises(ValueError, match="unknown precision 'half': choose from float32, bfloat16, float16"):
+        Generate(tune, precision="half")
     with pytest.raises(ValueError, match="the published sampler has one correction_scale for all steps"):
         Generate(tune, correction_scale=(0.0, 0.1), steps=2, sampler="published")
 
@@ -436,7 +444,7 @@ def test_published_baselines_keep_the_stock_sampler(pair):
     pndm = PNDMScheduler.from_config(scheduler().config, skip_prk_steps=True)
     stock = StableDiffusionPipeline(**parts, scheduler=pndm, requires_safety_checker=False)
     stock.set_progress_bar_config(disable=True)
-    latents = sampling.starting_latents(SHAPE, 7, 0, 2)
+    latents = sampling.starting_latents(SHAPE, 7, range(0, 2))
     options = {"num_inference_steps": 5, "guidance_scale": 3.0, "latents": latents, "output_type": "np"}
     expected = stock([CAPTION] * 2, **options).images
     found = sampling.sample(pair, CAPTION, 2, "cfg", 3.0, steps=5, seed=7, sampler="published")
@@ -449,16 +457,16 @@ def test_published_baselines_keep_the_stock_sampler(pair):
 
 
 def test_image_i_owns_its_starting_latent():
-    all_of_them = sampling.starting_latents(SHAPE, 3, 0, 12)
+    all_of_them = sampling.starting_latents(SHAPE, 3, range(0, 12))
     assert (all_of_them.shape, all_of_them.dtype) == ((12, *SHAPE), torch.float32)
-    assert torch.equal(sampling.starting_latents(SHAPE, 3, 5, 9), all_of_them[5:9])
-    assert torch.equal(sampling.starting_latents(SHAPE, 3, 11, 12), all_of_them[11:])
-    both_seeds = torch.cat([all_of_them, sampling.starting_latents(SHAPE, 4, 0, 12)])
+    assert torch.equal(sampling.starting_latents(SHAPE, 3, range(5, 9)), all_of_them[5:9])
+    assert torch.equal(sampling.starting_latents(SHAPE, 3, [11, 0, 7]), all_of_them[[11, 0, 7]])
+    both_seeds = torch.cat([all_of_them, sampling.starting_latents(SHAPE, 4, range(0, 12))])
     assert len(both_seeds.unique(dim=0)) == 24
 
 
 def test_starting_latents_are_independent_standard_normal():
-    rows = sampling.starting_latents((100,), 0, 0, 300).numpy()
+    rows = sampling.starting_latents((100,), 0, range(0, 300)).numpy()
     assert stats.kstest(rows.ravel(), "norm").pvalue > 1e-3
     correlations = np.corrcoef(rows)[np.triu_indices(300, 1)]
     assert abs(correlations.std() - 1 / np.sqrt(100)) < 0.005
@@ -486,40 +494,16 @@ def test_decoding_in_chunks_is_decoding(pair):
         assert torch.allclose(decode(pair.tuned, latents, chunk), expected, atol=1e-4)
 
 
-def test_finished_batches_are_not_sampled_again(pair, tmp_path, monkeypatch):
-    options = {"n": 5, "w": 2.0, "steps": 1, "seed": 7, "batch_size": 2, "scratch": tmp_path}
-    sample_batch, ranges = sampling._sample_batch, []
-
-    def counted(pair, predict, first, last, *rest):
-        if len(ranges) == 2:
-            raise RuntimeError("killed")
-        ranges.append((first, last))
-        return sample_batch(pair, predict, first, last, *rest)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(sampling, "_sample_batch", counted)
-        with pytest.raises(RuntimeError, match="killed"):
-            sampling.sample(pair, CAPTION, **options)
-        assert ranges == [(0, 2), (2, 4)]
-        ranges[:] = ["as if one batch were done"]
-        whole = sampling.sample(pair, CAPTION, **options)
-        assert ranges[1:] == [(4, 5)]
-    monkeypatch.setattr(ModelPair, "predict", lambda *_: pytest.fail("theta' was asked"))
-    assert np.array_equal(sampling.sample(pair, CAPTION, **options), whole)
-    monkeypatch.undo()
-    assert np.array_equal(sampling.sample(pair, CAPTION, **{**options, "scratch": None}), whole)
-
-
 def test_a_batch_that_does_not_fit_is_halved(pair, monkeypatch):
     options = {"n": 5, "w": 2.0, "steps": 1, "seed": 7}
     expected = sampling.sample(pair, CAPTION, **options)
     sample_batch, limit, ranges = sampling._sample_batch, 2, []
 
-    def small(pair, predict, first, last, *rest):
-        if last - first > limit:
+    def small(pair, walked, numbers, *rest):
+        if len(numbers) > limit:
             raise torch.OutOfMemoryError
-        ranges.append((first, last))
-        return sample_batch(pair, predict, first, last, *rest)
+        ranges.append((numbers[0], numbers[-1] + 1))
+        return sample_batch(pair, walked, numbers, *rest)
 
     monkeypatch.setattr(sampling, "_sample_batch", small)
     assert grey_levels(sampling.sample(pair, CAPTION, batch_size=4, **options), expected) <= 1
@@ -532,17 +516,243 @@ def test_a_batch_that_does_not_fit_is_halved(pair, monkeypatch):
 # the step of the runner
 
 
+@pytest.fixture(scope="module")
+def tuned_unet(pair, tmp_path_factory) -> Path:
+    """The U-Net of the pair's theta' on disk, as somebody else would publish it."""
+    folder = tmp_path_factory.mktemp("published") / "theirs"
+    pair.tuned.unet.save_pretrained(folder / "unet")
+    return folder
+
+
+@pytest.fixture
+def asked(runs, tiny_sd, tuned_unet):
+    """A function that gives the spec of n images of the published theta'; options replace its fields."""
+
+    def make(n: int, **options) -> Generate:
+        model = Checkpoint(str(tuned_unet), str(tiny_sd), CAPTION)
+        return Generate(model, **({"guidance_scale": 2.0, "n_generated": n, "steps": 1, "seed": 9} | options))
+
+    return make
+
+
+@pytest.fixture
+def blocks(monkeypatch) -> list[list[int]]:
+    """The numbers of the images of every batch that is sampled."""
+    real, seen = sampling._sample_batch, []
+
+    def counted(pair, walked, numbers, *rest):
+        seen.append(list(numbers))
+        return real(pair, walked, numbers, *rest)
+
+    monkeypatch.setattr(sampling, "_sample_batch", counted)
+    return seen
+
+
+def block(number: int) -> list[int]:
+    return list(range(number * BLOCK, (number + 1) * BLOCK))
+
+
+def files(spec: Generate) -> dict[str, bytes]:
+    """The image files of a finished step."""
+    return {path.name: path.read_bytes() for path in results.folder(spec).glob("*.png")}
+
+
+def elsewhere(spec: Generate, tmp_path, monkeypatch) -> dict[str, bytes]:
+    """The image files of the same step done in an empty work area."""
+    with monkeypatch.context() as patched:
+        patched.setattr(results, "RUNS", tmp_path / "elsewhere")
+        shutil.rmtree(results.RUNS, ignore_errors=True)
+        results.complete(spec)
+        return files(spec)
+
+
 def test_the_step_samples_n_images_of_the_fine_tuned_model(runs, tiny_sd, picture_folder):
-    tune = FineTune(str(picture_folder), CAPTION, str(tiny_sd), learning_rate=1e-3, steps_per_image=1)
-    spec = Generate(tune, "finextract", 2.0, -0.02, images_per_training=2, steps=2, seed=9)
+    tune = FineTune((TrainingItem(str(picture_folder), CAPTION),), str(tiny_sd), learning_rate=1e-3, steps_per_image=1)
+    spec = Generate(tune, "finextract", 2.0, -0.02, n_generated=12, steps=2, seed=9)
     folder = results.complete(spec)
-    found = np.load(folder / "images.npy")
-    assert (found.shape, found.dtype) == ((8, 16, 16, 3), np.uint8)
-    expected = sampling.sample(
-        load_pair(str(tiny_sd), results.folder(tune)), CAPTION, 8, "finextract", 2.0, -0.02, steps=2, seed=9
-    )
-    assert np.array_equal(found, expected)
+    found = generated_pictures(spec)
+    assert (found.shape, found.dtype) == ((12, 16, 16, 3), np.uint8)
+    expected = sampling.sample(load_tuned(tune), CAPTION, 20, "finextract", 2.0, -0.02, steps=2, seed=9, batch_size=10)
+    assert np.array_equal(found, expected[:12])
+    assert np.array_equal(generated_pictures(spec, [11, 0]), expected[[11, 0]])
+    assert sorted(path.name for path in folder.glob("*.*")) == [f"{i:06d}.png" for i in range(12)] + ["manifest.json"]
+    with Image.open(picture_file(folder, 3)) as image:
+        assert (image.format, image.mode) == ("PNG", "RGB")
     assert not (runs / "scratch" / folder.name).exists()
     others = [{"arm": "cfg", "correction_scale": 0.0}, {"guidance_scale": 3.0}, {"correction_scale": 0.0}, {"steps": 3}]
-    digests = {results.digest(replace(spec, **change)) for change in [*others, {"seed": 8}, {}]}
-    assert len(digests) == 6
+    others += [{"precision": "bfloat16"}, {"caption": ""}, {"sampler": "dpm++"}, {"n_generated": 11}, {"seed": 8}, {}]
+    assert len({results.digest(replace(spec, **change)) for change in others}) == 10
+
+
+@pytest.mark.parametrize(("first", "second", "sampled"), [(10, 20, [1]), (7, 23, [0, 1, 2]), (13, 15, [1])])
+def test_a_larger_n_samples_only_what_is_lacking_and_gives_the_same_images(
+    asked, blocks, first, second, sampled, tmp_path, monkeypatch
+):
+    fewer = results.complete(asked(first)) and files(asked(first))
+    blocks.clear()
+    results.complete(asked(second))
+    assert blocks == [block(number) for number in sampled]
+    assert files(asked(second)) == elsewhere(asked(second), tmp_path, monkeypatch)
+    assert len(files(asked(second))) == second
+    assert files(asked(first)) == fewer, "the smaller one stays what it was"
+    assert {name: files(asked(second))[name] for name in fewer} == fewer
+
+
+def test_a_smaller_n_after_a_larger_samples_nothing(asked, blocks, tmp_path, monkeypatch):
+    results.complete(asked(23))
+    blocks.clear()
+    for n in (1, 10, 12):
+        results.complete(asked(n))
+        assert len(files(asked(n))) == n
+    assert blocks == []
+    assert files(asked(12)) == elsewhere(asked(12), tmp_path, monkeypatch)
+
+
+def test_only_the_same_settings_are_taken_over(asked, blocks):
+    results.complete(asked(10))
+    for change in ({"seed": 8}, {"guidance_scale": 3.0}, {"caption": "a cat"}, {"precision": "bfloat16"}):
+        blocks.clear()
+        results.complete(asked(10, **change))
+        assert blocks == [block(0)], change
+        assert not {*files(asked(10)).values()} & {*files(asked(10, **change)).values()}
+
+
+@pytest.mark.parametrize("linked", [True, False])
+def test_what_is_taken_over_is_a_link_or_where_there_are_none_a_copy(asked, blocks, linked, tmp_path, monkeypatch):
+    def no_links(*_):
+        raise OSError("no links here")
+
+    if not linked:
+        monkeypatch.setattr(os, "link", no_links)
+    results.complete(asked(10))
+    blocks.clear()
+    results.complete(asked(20))
+    assert blocks == [block(1)]
+    ends = [picture_file(results.folder(asked(n)), 4) for n in (10, 20)]
+    assert ends[0].samefile(ends[1]) == linked
+    assert files(asked(20)) == elsewhere(asked(20), tmp_path, monkeypatch)
+
+
+def test_a_damaged_smaller_n_is_not_taken_over(asked, blocks, tmp_path, monkeypatch):
+    folder = results.complete(asked(10))
+    shutil.copyfile(picture_file(folder, 1), picture_file(folder, 0))
+    blocks.clear()
+    results.complete(asked(20))
+    assert blocks == [block(0), block(1)]
+    assert files(asked(20)) == elsewhere(asked(20), tmp_path, monkeypatch)
+
+
+def test_killed_in_the_middle_finished_images_are_not_sampled_again(asked, blocks, tmp_path, monkeypatch):
+    """Killed in the third block, after two of its images were written, and with half of one more."""
+    real = sampling.save_picture
+
+    def until_killed(path, pixels):
+        if path.name == "000022.png":
+            path.with_suffix(".part").write_bytes(b"half")
+            raise KeyboardInterrupt
+        real(path, pixels)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(sampling, "save_picture", until_killed)
+        with pytest.raises(KeyboardInterrupt):
+            results.complete(asked(35))
+    assert blocks == [block(0), block(1), block(2)]
+    blocks.clear()
+    results.complete(asked(35))
+    assert blocks == [block(2), block(3)]
+    blocks.clear()
+    assert files(asked(35)) == elsewhere(asked(35), tmp_path, monkeypatch)
+
+
+def test_an_image_is_the_same_in_every_block_it_could_stand_in(asked, blocks):
+    """A block is sampled whole, whatever N: the last bits of a prediction depend on the size of its batch."""
+    results.complete(asked(3))
+    assert blocks == [block(0)]
+    assert len(files(asked(3))) == 3
+
+
+# captions
+
+
+def test_without_a_caption_is_with_the_empty_one(asked, pair):
+    """The unconditional input of the text encoder, in place of the caption that the model was fine-tuned with."""
+    spec = asked(10, arm="direct", guidance_scale=1.0)
+    empty = replace(spec, caption="")
+    results.run([spec, empty])
+    common = {"n": 10, "arm": "direct", "w": 1.0, "steps": 1, "seed": 9, "batch_size": 10}
+    assert np.array_equal(generated_pictures(empty), sampling.sample(pair, "", **common))
+    assert np.array_equal(generated_pictures(spec), sampling.sample(pair, CAPTION, **common))
+    assert grey_levels(generated_pictures(empty), generated_pictures(spec)) > 0
+    guided = asked(10, arm="finextract", caption="")
+    results.complete(guided)
+    model = results.complete(replace(guided, arm="model_guidance", caption=None))
+    assert np.array_equal(
+        generated_pictures(guided), generated_pictures(replace(guided, arm="model_guidance", caption=None))
+    ), f"Eq. 13 without a caption is Eq. 6 without one ({model})"
+
+
+def test_a_caption_of_ones_own_is_taken_instead_of_the_models(asked, pair):
+    spec = asked(10, arm="direct", guidance_scale=1.0, caption="a cat")
+    results.complete(spec)
+    common = {"n": 10, "arm": "direct", "w": 1.0, "steps": 1, "seed": 9, "batch_size": 10}
+    assert np.array_equal(generated_pictures(spec), sampling.sample(pair, "a cat", **common))
+    assert sampling.prompt(spec) == "a cat"
+    assert sampling.prompt(asked(1)) == CAPTION
+    assert sampling.prompt(asked(1, caption="")) == ""
+
+
+@pytest.mark.parametrize("kind", ["checkpoint", "mixture"])
+def test_where_no_single_caption_is_known_one_must_be_given(asked, runs, tiny_sd, tuned_unet, picture_folder, kind):
+    parts = tuple(TrainingItem(str(picture_folder), caption) for caption in (CAPTION, "a cat"))
+    unknown = {"checkpoint": Checkpoint(str(tuned_unet), str(tiny_sd)), "mixture": FineTune(parts, str(tiny_sd))}[kind]
+    with pytest.raises(ValueError, match=r"no single caption is known of .*: give Generate a caption, or caption=''"):
+        results.run([asked(3), replace(asked(3), model=unknown)])
+    assert not runs.exists(), "nothing was begun"
+    for caption in ("", "a cat"):
+        assert results.digest(replace(asked(3), model=unknown, caption=caption))
+
+
+def test_a_caption_too_long_is_refused_before_any_work(asked, runs):
+    with pytest.raises(ValueError, match="has 32 tokens, the text encoder reads at most 16"):
+        results.run([asked(3), asked(3, caption="dog " * 30)])
+    assert not runs.exists()
+
+
+# precision
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16", "float16"])
+def test_networks_have_the_precision_asked_for_and_guidance_is_in_float32(asked, monkeypatch, precision):
+    dtype, walked, seen = sampling.PRECISIONS[precision], sampling.walk, []
+    guided, decoded = guidance.finextract, sampling.decode
+
+    def walk(predict, x, *rest, **options):
+        reference, target = predict(x, torch.tensor(500))
+        seen.append((x.dtype, reference.dtype, target.dtype))
+        return walked(predict, x, *rest, **options)
+
+    def finextract(reference, target, *rest):
+        seen.append((reference.dtype, target.dtype))
+        return guided(reference, target, *rest)
+
+    def decode(pipeline, latents, *rest):
+        parts = (pipeline.unet, pipeline.text_encoder, pipeline.vae)
+        seen.append((latents.dtype, *(part.dtype for part in parts)))
+        return decoded(pipeline, latents, *rest)
+
+    monkeypatch.setattr(sampling, "walk", walk)
+    monkeypatch.setattr(guidance, "finextract", finextract)
+    monkeypatch.setattr(sampling, "decode", decode)
+    results.complete(asked(2, precision=precision))
+    single = torch.float32
+    assert set(seen) == {(single,) * 3, (single,) * 2, (single, dtype, dtype, single)}
+
+
+def test_half_precision_gives_nearly_the_same_images(asked):
+    specs = {name: asked(10, steps=3, precision=name) for name in sampling.PRECISIONS}
+    results.run(specs.values())
+    single = generated_pictures(specs["float32"])
+    for name in ("bfloat16", "float16"):
+        apart = np.abs(generated_pictures(specs[name]).astype(int) - single)
+        assert apart.mean() < 2
+        assert apart.max() > 0

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import warnings
+import weakref
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from torchvision.models.resnet import BasicBlock as ReferenceBlock
 from torchvision.transforms.functional import to_pil_image
 
 from fx import similarity
+from fx.datasets import load_images
 from fx.similarity import BasicBlock, MiniSSCD, copy_thresholds, descriptors, load_descriptor, similarity_matrix
 
 
@@ -207,6 +209,62 @@ def test_descriptors_are_unit_rows_and_do_not_depend_on_batches_or_mode():
     assert model.training
     with pytest.raises(ValueError, match=r"\[n, 3, h, w\], not \[13, 1, 16, 16\]"):
         descriptors(model, images[:, :1])
+
+
+@pytest.fixture
+def files(tmp_path):
+    """Thirteen image files of 16 px, and what they show, float32 [13, 3, 16, 16]."""
+    pixels = np.random.default_rng(0).integers(0, 256, (13, 16, 16, 3)).astype(np.uint8)
+    paths = [tmp_path / f"{number}.png" for number in range(13)]
+    for path, picture in zip(paths, pixels, strict=True):
+        to_pil_image(picture).save(path)
+    return paths, torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+@pytest.mark.parametrize("batch_size", [1, 5, 13, 64])
+def test_describe_is_descriptors_of_all_images_and_reads_no_more_than_a_batch_at_a_time(files, batch_size, monkeypatch):
+    paths, images = files
+    read, known, alive = similarity.load_images, [], []
+
+    def watched(some, side):
+        alive.append(sum(batch() is not None for batch in known))
+        batch = read(some, side)
+        known.append(weakref.ref(batch))
+        alive[-1] += 1
+        assert len(some) <= batch_size
+        return batch
+
+    monkeypatch.setattr(similarity, "load_images", watched)
+    found = similarity.describe(tiny(), paths, batch_size=batch_size)
+    assert (found.shape, found.dtype) == ((13, 5), np.float32)
+    np.testing.assert_allclose(found, descriptors(tiny(), images), atol=1e-6)
+    assert len(known) == -(-13 // batch_size)
+    assert max(alive) == 1, "one batch is gone before the next is read"
+
+
+def test_describe_takes_images_as_they_are_or_cropped_to_squares(files, tmp_path):
+    paths, images = files
+    wide = torch.cat([images, images.flip(3)], dim=3)
+    for number, picture in enumerate(((wide + 1) * 127.5).round().byte()):
+        to_pil_image(picture).save(tmp_path / f"wide{number}.png")
+    cropped = similarity.describe(tiny(), [tmp_path / f"wide{number}.png" for number in range(13)], size=16)
+    np.testing.assert_allclose(cropped, descriptors(tiny(), wide[..., 8:24]), atol=1e-6)
+    small = similarity.describe(tiny(), paths, size=8)
+    np.testing.assert_allclose(small, descriptors(tiny(), load_images(tuple(paths), 8)), atol=1e-6)
+    assert np.abs(small - similarity.describe(tiny(), paths)).max() > 1e-3
+    with pytest.raises(ValueError, match="no images to describe"):
+        similarity.describe(tiny(), [])
+
+
+def test_a_descriptor_lies_on_the_device_that_the_models_use(tmp_path, monkeypatch, torchscript):
+    tiny().save_pretrained(tmp_path / "net")
+    monkeypatch.setattr(similarity, "device", lambda: torch.device("meta"))
+    assert next(load_descriptor(tmp_path / "net").parameters()).is_meta
+    path, digest = torchscript
+    moved = []
+    monkeypatch.setattr(similarity.SSCD, "to", lambda self, place: moved.append(place) or self)
+    load_descriptor(f"{path}@sha256:{digest}")
+    assert moved == [torch.device("meta")]
 
 
 @given(st.integers(1, 23), st.integers(1, 30), st.integers(0, 50))

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from scipy.stats import bootstrap
 
 from fx import paths, tables
-from fx.paths import PAPER, ROOT, TABLES
+from fx.paths import COMPLETE, PAPER, ROOT, TABLES
 
 
 def scored(n: int = 12, seed: int = 0) -> pd.DataFrame:
@@ -180,6 +180,20 @@ def test_fx_outputs_moves_tables_and_figures(value, place, monkeypatch, tmp_path
     found = runpy.run_path(paths.__file__)
     assert (found["TABLES"], found["FIGURES"]) == (place / "data/results", place / "figures")
     assert found["PAPER"] == PAPER
+
+
+def test_a_table_of_the_complete_run_is_the_committed_file_or_a_sentence(tmp_path, monkeypatch):
+    monkeypatch.setattr(tables, "SHIPPED_TABLES", tmp_path)
+    monkeypatch.setattr(tables, "TABLES", tmp_path / "elsewhere")  # where this run writes does not count
+    assert tables.complete("table01") == (
+        f"table01.csv: there is no complete run (fx.reproduce --profile {COMPLETE}) yet"
+    )
+    assert "(fx.reproduce --profile paper) yet" in tables.complete("table01", "paper")
+    for profile, value in ((COMPLETE, 0.25), ("paper", 0.5)):
+        (tmp_path / profile).mkdir()
+        pd.DataFrame({"arm": ["cfg"], "AS": [value]}).to_csv(tmp_path / profile / "table01.csv", index=False)
+        assert tables.complete("table01", profile).to_dict("records") == [{"arm": "cfg", "AS": value}]
+    assert tables.complete("table01").AS.tolist() == [0.25]
 
 
 def test_the_readme_shows_the_shipped_table_1():

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import torch
 from diffusers import (
     AutoencoderKL,
@@ -38,6 +39,7 @@ MAX_TOKENS = 16
 WIDTH = 32
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 FAMILIES = ("sd1", "sd2", "sdxl", "alt", "sd3")
+ORIGINALS, COPIES = 4, 5
 
 
 def byte_tokenizer() -> CLIPTokenizer:
@@ -231,3 +233,15 @@ def save_judge(kind: str, folder: Path, seed: int = 0, **settings) -> Path:
     else:
         CLIPImageProcessor(size={"shortest_edge": 32}, crop_size=32).save_pretrained(folder)
     return folder
+
+
+def pictures(n: int, seed: int = 0) -> np.ndarray:
+    """Pictures of coloured tiles that have little in common, uint8 [n, 32, 32, 3]."""
+    tiles = np.random.default_rng(seed).integers(0, 256, (n, 4, 4, 3)).astype(np.uint8)
+    return tiles.repeat(8, axis=1).repeat(8, axis=2)
+
+
+def copies(n: int = ORIGINALS, times: int = COPIES) -> np.ndarray:
+    """Image i is `pictures(n)[i % n]` with a little noise, uint8 [n * times, 32, 32, 3]."""
+    noise = np.random.default_rng(1).normal(0, 3, (n * times, 32, 32, 3))
+    return (np.concatenate([pictures(n)] * times) + noise).round().clip(0, 255).astype(np.uint8)
