@@ -112,5 +112,8 @@ if __name__ == "__main__":
     except ValueError as error:
         sys.exit(f"fx.reproduce: {error}")
     except KeyboardInterrupt:
-        print("fx.reproduce: interrupted; finished steps are kept, and the same command goes on from there", file=sys.stderr)
+        print(
+            "fx.reproduce: interrupted; finished steps are kept, and the same command goes on from there",
+            file=sys.stderr,
+        )
         sys.exit(130)
