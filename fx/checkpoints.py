@@ -4,6 +4,9 @@ Only safetensors are read. Everything here happens before a model is built, so t
 """
 
 import json
+import re
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +24,18 @@ from fx.paths import MODELS
 LORA_FILE = "pytorch_lora_weights.safetensors"
 PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
 WEIGHT_PARTS = ("unet", "transformer", "text_encoder", "text_encoder_2", "text_encoder_3", "vae")
-LORA_MARKS = ("lora_down", "lora_up", "lora_A", "lora_B", "lora.down", "lora.up", "lora_linear_layer")
+NOT_WEIGHTS = ("optimizer", "scheduler", "scaler", "sampler", "random_states", "rng_state", "training_args")
+LORA_MARKS = ("lora_down", "lora_up", "lora_A", "lora_B", "lora.down", "lora.up", "lora_linear_layer", "_lora.")
+LORA_MARKS += (".hada_w", ".lokr_w", ".oft_", ".lora_mid", ".dora_scale", "lora_magnitude_vector", "bundle_emb.")
+LORA_MARKS += ("lora_unet_", "lora_te", "lycoris_", "base_model.model.")
+DIFFERENCES = (".diff", ".diff_b", ".w_norm", ".b_norm")
+PREDICTION_ENTRIES = ("modelspec.prediction_type", "modelspec.predict_key")
+PREDICTIONS = {"epsilon": "epsilon", "eps": "epsilon", "noise": "epsilon", "sample": "sample", "x0": "sample"}
+PREDICTIONS |= dict.fromkeys(("v", "v_prediction", "v-prediction", "v_pred", "velocity"), "v_prediction")
+PREDICTIONS |= dict.fromkeys(("flow", "flow_prediction", "rectified_flow"), "flow_prediction")
+V_ARCHITECTURE = "stable-diffusion-v2-768-v"
+# a part's weights: diffusers' or transformers' name, a variant, a shard
+WEIGHTS = re.compile(r"(?:diffusion_pytorch_model|model)(?:\.([\w-]+?))?(?:-\d+-of-\d+)?\.safetensors")
 
 
 def find(name: str) -> Path:
@@ -30,9 +44,12 @@ def find(name: str) -> Path:
     A Hub id ("owner/name" or "owner/name@v1") is looked up in the local cache and downloaded where that is possible.
     Raises FileNotFoundError, with the shipped names, for what is none of these.
     """
-    for place in (MODELS / str(name), Path(name).expanduser()):
-        if place.exists() and str(name):
-            return place
+    try:
+        for place in (MODELS / str(name), Path(name).expanduser()):
+            if place.exists() and str(name):
+                return place
+    except (OSError, RuntimeError, ValueError) as error:  # too long, of no known user, with a zero byte
+        raise FileNotFoundError(f"unknown model {str(name)!r}: it cannot be a path ({error})") from error
     repository, _, revision = str(name).partition("@")
     if repository.count("/") == 1 and not repository.startswith((".", "/", "~")):
         return _snapshot(repository, revision or None)
@@ -44,21 +61,28 @@ def find(name: str) -> Path:
 
 
 def _snapshot(repository: str, revision: str | None) -> Path:
-    """The folder of a Hub repository; of a pipeline only the parts that are read, not the same weights once more."""
+    """The folder of a Hub repository; of a pipeline only the parts that are read, not the same weights once more.
+
+    Variants ("…fp16.safetensors") are fetched only where a part of the model has no other weights.
+    """
     kinds = ("json", "txt", "model", "safetensors")
     try:
         hf_hub_download(repository, "model_index.json", revision=revision)
         wanted = {"allow_patterns": ["model_index.json", *(f"*/*.{kind}" for kind in kinds)]}
-        wanted["ignore_patterns"] = ["safety_checker/*", "*.fp16.*", "*.non_ema.*"]
+        wanted["ignore_patterns"] = ["safety_checker/*", "*.fp16.*", "*.fp16-*", "*.non_ema.*", "*.non_ema-*"]
     except (LocalEntryNotFoundError, EntryNotFoundError, RepositoryNotFoundError, HFValidationError, OSError):
         wanted = {"allow_patterns": [f"*.{kind}" for kind in kinds]}
     try:
-        return Path(snapshot_download(repository, revision=revision, **wanted))
+        folder = Path(snapshot_download(repository, revision=revision, **wanted))
+        if bare := [part for part in _weight_folders(folder) if not any(part.glob("*.safetensors"))]:
+            more = [f"{part.name}/*.safetensors*" for part in bare]
+            folder = Path(snapshot_download(repository, revision=revision, allow_patterns=more))
     except (LocalEntryNotFoundError, RepositoryNotFoundError, HFValidationError, OSError) as error:
         asked = repository + (f" at revision {revision}" if revision else "")
         raise FileNotFoundError(
             f"{asked} is no path on this machine, and the Hub did not give it: {str(error).splitlines()[0]}"
         ) from error
+    return folder
 
 
 def kind_of(path: Path) -> str:
@@ -73,43 +97,72 @@ def kind_of(path: Path) -> str:
         raise FileNotFoundError(f"{path} does not exist: check the path")
     if path.is_file():
         return "lora" if is_lora(path) else "single file"
-    refuse_pickles(path)
     check_folder(path)
     if (path / "model_index.json").is_file():
         return "pipeline"
     if any((path / part / "config.json").is_file() for part in ("unet", "transformer")):
         return "parts"
-    if (path / "config.json").is_file() and "_class_name" in _read_json(path / "config.json"):
+    if (path / "config.json").is_file() and "_class_name" in read_json(path / "config.json"):
         return "network"
     if any((folder / "adapter_config.json").is_file() for folder in (path, path / "unet", path / "transformer")):
         return "peft"
     if lora_file(path):
         return "lora"
+    if single_file(path):
+        return "single file"
+    if pickles := [file for file in sorted(path.glob("*")) if file.suffix in PICKLES and is_weights(file)]:
+        raise ValueError(_pickle(pickles[0]))
     raise FileNotFoundError(
         f"{path} holds no model: neither model_index.json, nor a unet/ or transformer/ folder, nor a LoRA "
         f"({LORA_FILE}, adapter_config.json or a single .safetensors file with LoRA weights)"
     )
 
 
+def is_weights(file: Path) -> bool:
+    """Whether a pickle holds a model, by its name; training scripts leave others beside it, which nobody reads."""
+    return not file.name.startswith(NOT_WEIGHTS)
+
+
 def lora_file(path: Path) -> Path | None:
-    """The LoRA file that a path is or that a folder holds; ValueError if a folder holds several."""
+    """The file with an adapter (`is_lora`) that a path is or that a folder holds; ValueError if a folder holds several."""
     if path.is_file():
         return path
     if (path / LORA_FILE).is_file():
         return path / LORA_FILE
-    found = [file for file in sorted(path.glob("*.safetensors")) if is_lora(file)]
+    return _only([file for file in sorted(path.glob("*.safetensors")) if is_lora(file)], path, "LoRA files")
+
+
+def single_file(path: Path) -> Path | None:
+    """The whole model that a path is or that a folder holds as its only safetensors file; ValueError for several."""
+    return path if path.is_file() else _only(sorted(path.glob("*.safetensors")), path, "safetensors files")
+
+
+def _only(found: list[Path], path: Path, what: str) -> Path | None:
     if len(found) > 1:
-        raise ValueError(f"{path} holds several LoRA files ({', '.join(f.name for f in found)}): name one of them")
+        raise ValueError(f"{path} holds several {what} ({', '.join(f.name for f in found)}): name one of them")
     return found[0] if found else None
 
 
 def is_lora(file: Path) -> bool:
-    """Whether a safetensors file holds LoRA weights, by the names of its tensors."""
-    return any(mark in key for key in keys(file) for mark in LORA_MARKS)
+    """Whether a safetensors file holds an adapter (LoRA, LoHa, LoKr, differences, …), by the names of its tensors."""
+    names = keys(file)
+    return any(mark in name for name in names for mark in LORA_MARKS) or any(
+        name.endswith(DIFFERENCES) for name in names
+    )
+
+
+def is_embedding(file: Path) -> bool:
+    """Whether a safetensors file holds a textual-inversion embedding and nothing else."""
+    names = keys(file)
+    with safe_open(file, "pt") as tensors:
+        flat = all(len(tensors.get_slice(name).get_shape()) <= 2 for name in names)
+    return flat and 0 < len(names) <= 2 and not any("." in name for name in names)
 
 
 def keys(file: Path) -> list[str]:
     """Names of the tensors in a safetensors file; ValueError for a pickle, or a file that is truncated or no safetensors."""
+    if not file.exists():
+        raise FileNotFoundError(f"{file} does not exist: check the path")
     if file.suffix in PICKLES:
         raise ValueError(_pickle(file))
     if file.suffix != ".safetensors":
@@ -123,12 +176,39 @@ def keys(file: Path) -> list[str]:
         raise ValueError(f"{file} is truncated or no safetensors file ({error}): fetch it again") from error
 
 
-def refuse_pickles(folder: Path) -> None:
-    """ValueError if a folder, or a part of the model in it, has its weights as a pickle only."""
-    for part in (folder, *(folder / name for name in WEIGHT_PARTS)):
-        pickles = [file for file in sorted(part.glob("*")) if file.suffix in PICKLES and "scheduler" not in file.name]
-        if pickles and not any(part.glob("*.safetensors")):
-            raise ValueError(_pickle(pickles[0]))
+def dtypes(folder: Path) -> dict[str, str]:
+    """The number format ("F32", "I8", …) of every tensor in a folder's safetensors files."""
+    found = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        names = keys(file)
+        with safe_open(file, "pt") as tensors:
+            found |= {name: tensors.get_slice(name).get_dtype() for name in names}
+    return found
+
+
+def variant(folder: Path) -> str | None:
+    """The variant ("fp16") of the weights to read from a part's folder; None where there are plain ones.
+
+    ValueError if there are several variants and none of them is fp16.
+    """
+    found = {match[1] for file in folder.glob("*.safetensors") if (match := WEIGHTS.fullmatch(file.name))}
+    if not found or None in found or "fp16" in found:
+        return None if not found or None in found else "fp16"
+    if len(found) > 1:
+        raise ValueError(f"{folder} holds the variants {', '.join(sorted(found))} of its weights: leave one of them")
+    return found.pop()
+
+
+def refuse_pickles(part: Path) -> None:
+    """ValueError if a part of a model has its weights as a pickle only."""
+    pickles = [file for file in sorted(part.glob("*")) if file.suffix in PICKLES and is_weights(file)]
+    if pickles and not any(part.glob("*.safetensors")):
+        raise ValueError(_pickle(pickles[0]))
+
+
+def _weight_folders(folder: Path) -> list[Path]:
+    """The parts of a model in a folder that have weights: those with a config.json."""
+    return [folder / name for name in WEIGHT_PARTS if (folder / name / "config.json").is_file()]
 
 
 def _pickle(file: Path) -> str:
@@ -139,22 +219,30 @@ def _pickle(file: Path) -> str:
 
 
 def check_folder(folder: Path) -> None:
-    """ValueError for a truncated safetensors file in a folder or in a part of the model, or one that its index misses."""
+    """ValueError for what is truncated, missing or a pickle among the weights in a folder and in its parts of a model."""
     for part in (folder, *(folder / name for name in WEIGHT_PARTS)):
+        if part != folder or (folder / "config.json").is_file():
+            refuse_pickles(part)
         for file in sorted(part.glob("*.safetensors")):
             keys(file)
-        for index in sorted(part.glob("*.safetensors.index.json")):
-            shards = set(_read_json(index).get("weight_map", {}).values())
+        for index in sorted(part.glob("*.safetensors.index*.json")):
+            weights = read_json(index).get("weight_map")
+            if not isinstance(weights, dict):
+                raise ValueError(f"{index} holds no weight_map: fetch it again")
+            shards = set(map(str, weights.values()))
             if missing := sorted(shard for shard in shards if not (part / shard).is_file()):
                 raise FileNotFoundError(f"{index} names {missing[0]}, which is not there: fetch the folder again")
         if (part / "config.json").is_file():
-            _read_json(part / "config.json")
+            read_json(part / "config.json")
 
 
-def _read_json(file: Path) -> dict:
+def read_json(file: Path) -> dict:
+    """The settings in a JSON file; FileNotFoundError or ValueError if it is not there or holds something else."""
     try:
         content = json.loads(file.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{file} is not there: fetch the folder again") from None
+    except (ValueError, RecursionError, OSError) as error:
         raise ValueError(f"{file} is no valid JSON ({error}): fetch it again") from error
     if not isinstance(content, dict):
         raise ValueError(f"{file} holds {type(content).__name__} instead of settings: fetch it again")
@@ -183,42 +271,93 @@ def metadata(path: Path) -> Metadata:
     `ss_num_train_images` counts images times repeats, so the number of images is taken from the folders in
     `ss_dataset_dirs` or `ss_datasets`. Raises ValueError for a file that is no whole safetensors file.
     """
-    file = lora_file(path) if path.is_dir() else path
+    path = Path(path)
+    file = (lora_file(path) or single_file(path)) if path.is_dir() else path
     if file is None:
         return Metadata()
-    keys(file)
-    with safe_open(file, "pt") as tensors:
-        entries = tensors.metadata() or {}
-    folders = _folders(entries)
-    counts = [int(entry["img_count"]) for entry in folders if "img_count" in entry]
-    tags: dict[str, int] = {}
-    for frequencies in (_json_entry(entries, "ss_tag_frequency") or {}).values():
-        for tag, count in frequencies.items():
-            tags[tag.strip()] = tags.get(tag.strip(), 0) + int(count)
-    clip_skip = entries.get("ss_clip_skip", "None")
+    entries = header(file)
+    counts = [count for entry in _folders(entries) if (count := _whole_number(entry.get("img_count"))) is not None]
     return Metadata(
         base=entries.get("ss_sd_model_name") or entries.get("ss_base_model_version") or None,
-        clip_skip=int(clip_skip) if clip_skip.isdigit() else None,
+        clip_skip=_whole_number(entries.get("ss_clip_skip")),
         images=sum(counts) if counts else None,
         images_with_repeats=_whole_number(entries.get("ss_num_train_images")),
-        tags=tuple(sorted(tags.items(), key=lambda entry: (-entry[1], entry[0]))),
+        tags=_tags(_json_entry(entries, "ss_tag_frequency")),
     )
 
 
-def _json_entry(entries: dict[str, str], name: str) -> dict | list | None:
+def header(file: Path) -> dict[str, str]:
+    """The text entries in a safetensors file's header; ValueError for a file that is no whole safetensors file."""
+    keys(file)
+    with safe_open(file, "pt") as tensors:
+        return tensors.metadata() or {}
+
+
+def _json_entry(entries: dict[str, str], name: str) -> object:
     try:
         return json.loads(entries.get(name, "null"))
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):  # also a whole number of too many digits
         return None
 
 
 def _folders(entries: dict[str, str]) -> list[dict]:
     """One dictionary per folder of training images."""
-    if directories := _json_entry(entries, "ss_dataset_dirs"):
-        return list(directories.values())
-    datasets = _json_entry(entries, "ss_datasets") or []
-    return [subset for dataset in datasets for subset in dataset.get("subsets", [])]
+    directories = _json_entry(entries, "ss_dataset_dirs")
+    if isinstance(directories, dict) and directories:
+        return _dictionaries(directories.values())
+    datasets = _json_entry(entries, "ss_datasets")
+    subsets = [dataset.get("subsets") for dataset in _dictionaries(datasets)]
+    return [subset for listed in subsets for subset in _dictionaries(listed)]
 
 
-def _whole_number(text: str | None) -> int | None:
-    return int(text) if text and text.isdigit() else None
+def _dictionaries(listed: object) -> list[dict]:
+    """The dictionaries in a list, or in what else was found in its place."""
+    return [entry for entry in listed if isinstance(entry, dict)] if isinstance(listed, Iterable) else []
+
+
+def _tags(frequencies: object) -> tuple[tuple[str, int], ...]:
+    """Tags with the number of images that carry each, from {folder: {tag: number}}; what has another shape is left out."""
+    tags: Counter[str] = Counter()
+    for counts in _dictionaries(frequencies.values() if isinstance(frequencies, dict) else None):
+        for tag, count in counts.items():
+            if (number := _whole_number(count)) is not None:
+                tags[tag.strip()] += number
+    return tuple(sorted(tags.items(), key=lambda entry: (-entry[1], entry[0])))
+
+
+def _whole_number(value: object) -> int | None:
+    """A whole number, from 0, or its digits as text; None for anything else."""
+    if isinstance(value, str):
+        return int(value) if value.isascii() and value.isdigit() and len(value) < 16 else None
+    return value if type(value) is int and value >= 0 else None
+
+
+# what a file says about its predictions and its schedule
+
+
+def stated(file: Path) -> dict[str, object]:
+    """What a safetensors file says of how its network predicts, under the names of a scheduler's settings.
+
+    Read are Stability's `modelspec.*` and kohya's `ss_*` entries in the header, and the empty tensors `v_pred` and
+    `ztsnr`. prediction_type is one of fx.guidance.PARAMETRISATIONS, rescale_betas_zero_snr is True or absent. ValueError
+    for a word that is not known, for two that contradict each other, and for EDM's preconditioning (`edm_*`).
+    """
+    entries, marks = header(file), {name for name in keys(file) if "." not in name or name.startswith("edm_")}
+    if edm := sorted(mark for mark in marks if mark.startswith("edm_")):
+        raise ValueError(f"{file} says by {edm[0]} that it is an EDM model, whose preconditioning is not supported")
+    said = {name: entries[name].strip().lower() for name in PREDICTION_ENTRIES if entries.get(name, "").strip()}
+    if unknown := [name for name, word in said.items() if word not in PREDICTIONS]:
+        raise ValueError(f"{file}: {unknown[0]} is {said[unknown[0]]!r}; known are {', '.join(PREDICTIONS)}")
+    kinds = {name: PREDICTIONS[word] for name, word in said.items()}
+    kinds |= {"the tensor v_pred": "v_prediction"} if "v_pred" in marks else {}
+    if _true(entries, "ss_v_parameterization") or entries.get("modelspec.architecture", "").startswith(V_ARCHITECTURE):
+        kinds["its header"] = "v_prediction"
+    if len(set(kinds.values())) > 1:
+        raise ValueError(f"{file} contradicts itself: {', '.join(f'{kind} by {name}' for name, kind in kinds.items())}")
+    zero_snr = "ztsnr" in marks or _true(entries, "ss_zero_terminal_snr")
+    found = {"prediction_type": next(iter(kinds.values()))} if kinds else {}
+    return found | ({"rescale_betas_zero_snr": True} if zero_snr else {})
+
+
+def _true(entries: dict[str, str], name: str) -> bool:
+    return entries.get(name, "").strip().lower() in ("true", "1")

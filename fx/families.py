@@ -201,9 +201,22 @@ def decode(pipeline: DiffusionPipeline, latents: Tensor, chunk: int = 16) -> Ten
     `fx.models` keeps autoencoders in float32: SDXL's overflows in float16.
     """
     vae = pipeline.vae
-    shift = getattr(vae.config, "shift_factor", None) or 0.0
-    parts = (part.to(vae.dtype) / vae.config.scaling_factor + shift for part in latents.split(chunk))
+    scale, shift = latent_statistics(vae)
+    parts = (part.to(vae.dtype) / scale + shift for part in latents.split(chunk))
     return torch.cat([vae.decode(part).sample for part in parts])
+
+
+def latent_statistics(vae: nn.Module) -> tuple[Tensor, Tensor]:
+    """Scale and shift [1, c, 1, 1]: the network's latents are (the autoencoder's - shift) * scale, by its config.json.
+
+    There `scaling_factor` and `shift_factor` (Stable Diffusion 3) say so, or `latents_mean` and `latents_std` per channel.
+    """
+    config, channels = vae.config, vae.config.latent_channels
+    mean, std = config.get("latents_mean"), config.get("latents_std")
+    mean = [config.get("shift_factor") or 0.0] * channels if mean is None or std is None else mean
+    std = [1.0] * channels if std is None else std
+    mean, std = (torch.tensor(each, device=vae.device, dtype=vae.dtype).view(1, -1, 1, 1) for each in (mean, std))
+    return config.scaling_factor / std, mean
 
 
 # schedules

@@ -1,9 +1,7 @@
 """Model pairs (Sec. 3.1): the base model theta and the fine-tuned model theta' behind one interface."""
 
 import contextlib
-import copy
 import functools
-import json
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -11,42 +9,28 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import (
-    AutoencoderKL,
-    DDIMScheduler,
-    DiffusionPipeline,
-    SD3Transformer2DModel,
-    StableDiffusion3Pipeline,
-    StableDiffusionPipeline,
-    UNet2DConditionModel,
-)
+from diffusers import DDIMScheduler, DiffusionPipeline, StableDiffusion3Pipeline
 from diffusers.utils import logging as diffusers_logging
-from peft import LoraConfig, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
-from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import AutoTokenizer, CLIPTokenizer
+from transformers import CLIPTokenizer
 from transformers.utils import logging as transformers_logging
 
-from fx import checkpoints, guidance
+from fx import adapters, checkpoints, guidance, parts, single_files
 from fx.checkpoints import LORA_FILE as LORA_FILE
 from fx.families import (
-    PIPELINES,
-    TEXT_PARTS,
-    TOKENIZERS,
     AltTextEncoder,
     Condition,
     denoise,
     encode,
+    latent_statistics,
     network,
     network_name,
     prediction_type,
     text_encoders,
 )
+from fx.parts import reading
 
-FAMILIES = {kind.__name__: kind for kind in PIPELINES} | {"AltDiffusionPipeline": StableDiffusionPipeline}
-NETWORKS = {"UNet2DConditionModel": UNet2DConditionModel, "SD3Transformer2DModel": SD3Transformer2DModel}
-NO_CHECKER = {"safety_checker": None, "requires_safety_checker": False}
 # what must agree between theta and theta' before they can be asked about the same latents
 SHAPES = (
     "in_channels",
@@ -86,7 +70,7 @@ def model_folder(name: str) -> Path:
 @functools.cache
 def load_tokenizer(name: str) -> CLIPTokenizer:
     """The first tokenizer of a pipeline (see `model_folder`)."""
-    return AutoTokenizer.from_pretrained(model_folder(name) / "tokenizer")
+    return parts.load_tokenizer(model_folder(name) / "tokenizer")
 
 
 def load_pipeline(name: str, dtype: torch.dtype = torch.float32) -> DiffusionPipeline:
@@ -96,83 +80,9 @@ def load_pipeline(name: str, dtype: torch.dtype = torch.float32) -> DiffusionPip
     the file, for what is not there, is no whole safetensors model, or belongs to no supported family.
     """
     folder = model_folder(name)
-    named = json.loads((folder / "model_index.json").read_text()).get("_class_name")
-    if named not in FAMILIES:
-        raise ValueError(f"{folder} is a {named}, which is not supported; supported are {', '.join(FAMILIES)}")
-    with _reading(folder):
-        pipeline = (
-            _load_alt(folder, dtype) if named == "AltDiffusionPipeline" else _load(FAMILIES[named], folder, dtype)
-        )
-    return _prepare(pipeline)
-
-
-def _load(kind: type, folder: Path, dtype: torch.dtype) -> DiffusionPipeline:
-    parts = {"vae": load_network(AutoencoderKL, folder / "vae", torch.float32)}
-    name = "transformer" if kind is StableDiffusion3Pipeline else "unet"
-    parts[name] = load_network(_network_class(folder / name), folder / name, dtype)
-    if kind is StableDiffusionPipeline:
-        parts |= NO_CHECKER
-    if kind is StableDiffusion3Pipeline:  # its T5 and its image encoder may be left out
-        index = json.loads((folder / "model_index.json").read_text())
-        optional = ("text_encoder_3", "tokenizer_3", "image_encoder", "feature_extractor")
-        parts |= {part: None for part in optional if not any(index.get(part) or [])}
-    return kind.from_pretrained(folder, dtype=dtype, use_safetensors=True, local_files_only=True, **parts)
-
-
-def _load_alt(folder: Path, dtype: torch.dtype) -> StableDiffusionPipeline:
-    """AltDiffusion from its sub-folders: Stable Diffusion's parts around a multilingual text encoder."""
-    return StableDiffusionPipeline(
-        vae=load_network(AutoencoderKL, folder / "vae", torch.float32),
-        text_encoder=AltTextEncoder.from_pretrained(folder / "text_encoder", dtype=dtype, use_safetensors=True),
-        tokenizer=AutoTokenizer.from_pretrained(folder / "tokenizer"),
-        unet=load_network(UNet2DConditionModel, folder / "unet", dtype),
-        scheduler=DDIMScheduler.from_pretrained(folder / "scheduler", clip_sample=False),
-        feature_extractor=None,
-        **NO_CHECKER,
-    )
-
-
-def load_network(kind: type, folder: Path, dtype: torch.dtype) -> nn.Module:
-    """A diffusers network from its folder; ValueError if weights are missing, left over, misshapen or not finite."""
-    with _reading(folder):
-        model, info = kind.from_pretrained(
-            folder, dtype=dtype, use_safetensors=True, low_cpu_mem_usage=False, output_loading_info=True
-        )
-    for trouble in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        if info[trouble]:
-            raise ValueError(
-                f"the weights in {folder} do not fit its config.json: {trouble.replace('_', ' ')} "
-                f"{', '.join(map(str, list(info[trouble])[:3]))}"
-            )
-    check_finite(model, folder)
-    return model if model.dtype == dtype else model.to(dtype)
-
-
-def check_finite(model: nn.Module, source: Path) -> None:
-    """ValueError if a weight is NaN or infinite."""
-    for name, weight in model.named_parameters():
-        if not torch.isfinite(weight).all():
-            raise ValueError(f"{source}: the weight {name} is not finite (NaN or infinite): the file is damaged")
-
-
-def _network_class(folder: Path) -> type:
-    config = folder / "config.json"
-    named = json.loads(config.read_text()).get("_class_name") if config.is_file() else None
-    if named not in NETWORKS:
-        raise ValueError(f"{folder} holds {named or 'no network'}; supported networks are {', '.join(NETWORKS)}")
-    return NETWORKS[named]
-
-
-@contextlib.contextmanager
-def _reading(source: Path) -> Iterator[None]:
-    """A library's complaint about a file becomes a ValueError that names the file."""
-    try:
-        yield
-    except (OSError, RuntimeError, LookupError, TypeError, AttributeError, ValueError) as error:
-        if isinstance(error, ValueError) and str(source) in str(error):
-            raise
-        reason = " ".join(str(error).split())[:400]
-        raise ValueError(f"{source} cannot be loaded: {type(error).__name__}: {reason}") from error
+    with reading(folder):
+        kind, alt, index = parts.pipeline_class(folder)
+        return _prepare(parts.assemble(kind, parts.load_parts(folder, kind, alt, dtype), index, folder))
 
 
 def _prepare(pipeline: DiffusionPipeline) -> DiffusionPipeline:
@@ -313,118 +223,46 @@ def load_pair(base: str, tuned: str | Path, dtype: torch.dtype = torch.float32) 
     a LoRA of which nothing matches.
     """
     path = checkpoints.find(str(tuned))
-    kind = checkpoints.kind_of(path)
+    with reading(path):
+        kind = checkpoints.kind_of(path)
     first = load_pipeline(base, dtype)
-    second = copy.copy(first)
-    if kind == "pipeline":
-        second = load_pipeline(str(path), dtype)
-    elif kind == "single file":
-        second = _single_file(first, base, path, dtype)
-    elif kind in ("lora", "peft"):
-        (_add_lora if kind == "lora" else _add_peft)(second, path)
-    else:
-        _replace_parts(second, path, kind, dtype)
-    check_fit(first, second, base, path)
+    with reading(path):
+        add = adapters.add if kind in ("lora", "peft") else functools.partial(_with_parts, dtype=dtype)
+        second = _prepare(add(first, path, kind))
+        check_fit(first, second, base, path)
     return ModelPair(first, second)
 
 
-def _single_file(first: DiffusionPipeline, base: str, path: Path, dtype: torch.dtype) -> DiffusionPipeline:
-    """A whole model in one file, in the original layout; its settings are taken to be the base model's."""
-    options = NO_CHECKER if isinstance(first, StableDiffusionPipeline) else {}
-    with _reading(path):
-        second = type(first).from_single_file(
-            path, config=str(model_folder(base)), dtype=dtype, local_files_only=True, **options
-        )
-    second.vae.to(torch.float32)
-    second.scheduler = first.scheduler
-    for part in (network(second), second.vae):
-        check_finite(part, path)
-    return _prepare(second)
+def _with_parts(first: DiffusionPipeline, path: Path, kind: str, dtype: torch.dtype) -> DiffusionPipeline:
+    """The base model with the parts that a folder or a single file holds in place of its own."""
+    name, settings = network_name(first), dict(first.config)
+    if kind == "single file":
+        found = single_files.load(first, checkpoints.single_file(path))
+    elif kind == "network":
+        found = {name: parts.load_part(parts.network_class(path), path, dtype)}
+    else:
+        alt = isinstance(getattr(first, "text_encoder", None), AltTextEncoder)
+        if kind == "pipeline":
+            made, alt, index = parts.pipeline_class(path)
+            check_class(type(first), made, path)
+            settings |= index
+        found = parts.load_parts(path, type(first), alt, dtype)
+    if name not in found:
+        raise ValueError(f"{path} holds no {name}/, which is what {type(first).__name__} denoises with")
+    ours = {part: value for part, value in first.components.items() if value is not None}
+    return parts.assemble(type(first), ours | found, settings, path)
 
 
-def _replace_parts(second: DiffusionPipeline, path: Path, kind: str, dtype: torch.dtype) -> None:
-    """Put the parts that a folder holds in place of the base model's."""
-    name = network_name(second)
-    folder = path if kind == "network" else path / name
-    if not folder.is_dir():
-        raise ValueError(f"{path} holds no {name}/, which is what {type(second).__name__} denoises with")
-    setattr(second, name, load_network(_network_class(folder), folder, dtype))
-    if kind == "parts":
-        if (path / "vae/config.json").is_file():
-            second.vae = load_network(AutoencoderKL, path / "vae", torch.float32)
-        for part in TEXT_PARTS:
-            if (path / part / "config.json").is_file() and getattr(second, part, None) is not None:
-                with _reading(path / part):
-                    model = type(getattr(second, part)).from_pretrained(path / part, dtype=dtype, use_safetensors=True)
-                setattr(second, part, model)
-        for part in TOKENIZERS:
-            if (path / part).is_dir() and getattr(second, part, None) is not None:
-                with _reading(path / part):
-                    setattr(second, part, AutoTokenizer.from_pretrained(path / part))
-        if (path / "scheduler/scheduler_config.json").is_file() and not isinstance(second, StableDiffusion3Pipeline):
-            second.scheduler = DDIMScheduler.from_pretrained(path / "scheduler")
-    _prepare(second)
-
-
-def _add_lora(second: DiffusionPipeline, path: Path) -> None:
-    """Load a LoRA in diffusers' or kohya's layout onto the network and, where it has parts for them, text encoders."""
-    file = checkpoints.lora_file(path)
-    names = checkpoints.keys(file)
-    with _reading(file):
-        second.load_lora_weights(file.parent, weight_name=file.name, adapter_name="default", local_files_only=True)
-    _check_lora(second, file, names)
-    of_text = [name for name in names if name.startswith(("text_encoder", "lora_te"))]
-    if of_text and not any(getattr(part, "_hf_peft_config_loaded", False) for part in text_encoders(second)):
+def check_class(base: type, tuned: type, path: Path) -> None:
+    """ValueError unless theta and theta' are of one family."""
+    if base is not tuned:
         raise ValueError(
-            f"{file}: its text-encoder part fits no text encoder of {type(second).__name__} ({of_text[0]})"
+            f"the base model is a {base.__name__}, {path} a {tuned.__name__}: name the base it was made of"
         )
-
-
-def _add_peft(second: DiffusionPipeline, path: Path) -> None:
-    """Load adapters as PeftModel.save_pretrained leaves them: of the network in the folder itself or in a part of it."""
-    name = network_name(second)
-    targets = {path: network(second), path / name: network(second)}
-    targets |= {path / part: getattr(second, part, None) for part in TEXT_PARTS}
-    for folder, model in targets.items():
-        if model is None or not (folder / "adapter_config.json").is_file():
-            continue
-        file = folder / "adapter_model.safetensors"
-        if not file.is_file():
-            raise FileNotFoundError(f"{folder} has an adapter_config.json but no adapter_model.safetensors")
-        with _reading(file):
-            model.add_adapter(LoraConfig.from_pretrained(str(folder)), adapter_name="default")
-            result = set_peft_model_state_dict(model, load_file(file), "default")
-        if result.unexpected_keys:
-            raise ValueError(_no_match(second, file, result.unexpected_keys))
-        model.requires_grad_(False).eval()
-    _check_lora(second, path, [])
-
-
-def _check_lora(second: DiffusionPipeline, file: Path, names: list[str]) -> None:
-    """ValueError unless the adapter sits on the network and changes its weights."""
-    layers = [layer for layer in network(second).modules() if isinstance(layer, LoraLayer)]
-    if not layers:
-        raise ValueError(_no_match(second, file, names))
-    pairs = [(layer.lora_A[name], layer.lora_B[name]) for layer in layers for name in layer.lora_A]
-    if not all(torch.isfinite(part.weight).all() for pair in pairs for part in pair):
-        raise ValueError(f"{file}: a LoRA weight is not finite (NaN or infinite): the file is damaged")
-    if not any(down.weight.any() and up.weight.any() for down, up in pairs):
-        raise ValueError(f"{file}: the LoRA changes nothing, one factor of every layer is zero: theta' would be theta")
-
-
-def _no_match(second: DiffusionPipeline, file: Path, names: list[str]) -> str:
-    return (
-        f"{file} holds no adapter for the {network_name(second)} of a {type(second).__name__}: "
-        f"its first keys are {', '.join(sorted(names)[:3]) or 'none'}"
-    )
 
 
 def check_fit(first: DiffusionPipeline, second: DiffusionPipeline, base: str, tuned: Path) -> None:
     """ValueError, naming both sides, unless theta and theta' can be asked about the same latents."""
-    if type(first) is not type(second):
-        raise ValueError(
-            f"{base} is a {type(first).__name__}, {tuned} a {type(second).__name__}: name the base it was made of"
-        )
     one, other = network(first), network(second)
     if type(one) is not type(other):
         raise ValueError(f"{base} denoises with a {type(one).__name__}, {tuned} with a {type(other).__name__}")
@@ -444,9 +282,22 @@ def check_fit(first: DiffusionPipeline, second: DiffusionPipeline, base: str, tu
             raise ValueError(
                 f"{name} has the unknown prediction type {kind!r}: known are {', '.join(guidance.PARAMETRISATIONS)}"
             )
+    _check_statistics(first, second, base, tuned)
     ends = [float(getattr(p.scheduler, "alphas_cumprod", torch.ones(1))[-1]) for p in (first, second)]
     if ends[1] == 0 != ends[0]:
         raise ValueError(
             f"{tuned} starts from pure noise (zero terminal SNR), {base} at alpha-bar {ends[0]:.4f}: they have no first "
             "timestep in common; name the base it was made of"
+        )
+
+
+def _check_statistics(first: DiffusionPipeline, second: DiffusionPipeline, base: str, tuned: Path) -> None:
+    """ValueError unless both autoencoders scale and shift latents alike: what is noise to one is none to the other."""
+    mine, theirs = (latent_statistics(pipeline.vae) for pipeline in (first, second))
+    if not all(torch.allclose(one, other, rtol=1e-4) for one, other in zip(mine, theirs, strict=True)):
+        named = ("scaling_factor", "shift_factor", "latents_mean", "latents_std")
+        one, other = ({key: pipeline.vae.config.get(key) for key in named} for pipeline in (first, second))
+        differing = [f"{key} is {one[key]} and {other[key]}" for key in named if one[key] != other[key]]
+        raise ValueError(
+            f"{base} and {tuned} scale their latents differently ({', '.join(differing)}): name the base it was made of"
         )

@@ -7,6 +7,7 @@ python -m fx.reproduce 03 -p artists=5 -p change="sampling_steps=25"
 
 import argparse
 import ast
+import re
 import sys
 from pathlib import Path
 
@@ -14,10 +15,12 @@ import nbformat
 import papermill
 import yaml
 
+from fx import kernel
 from fx.paths import NOTEBOOKS
 from fx.results import RUNS
 
 DEFAULTS = "quick"  # the profile that the notebooks' own defaults are
+DECIMAL = re.compile(r"[-+]?(0|[1-9][0-9]*|[0-9]*\.[0-9]+|[0-9]+\.[0-9]*)([eE][-+]?[0-9]+)?")
 NOT_BY_DEFAULT = "00"  # trains the shipped models: hours
 
 
@@ -47,7 +50,7 @@ def parameters(notebook: Path, profile: str, extra: dict[str, object]) -> dict[s
     if profile != DEFAULTS and not file.exists():
         raise ValueError(f"the profile {profile} has no parameters for {notebook.name}")
     given = {**((yaml.safe_load(file.read_text()) if file.exists() else None) or {}), **extra}
-    known = papermill.inspect_notebook(notebook)
+    known = papermill.inspect_notebook(kernel.noted(notebook))
     if unknown := sorted(set(given) - set(known)):
         raise ValueError(
             f"{notebook.name} has no parameter {', '.join(unknown)}: its parameters are {', '.join(known)}. "
@@ -64,14 +67,22 @@ def parameters(notebook: Path, profile: str, extra: dict[str, object]) -> dict[s
 
 
 def assignment(text: str) -> tuple[str, object]:
-    """ "name=value" with the value read as YAML; argparse error for anything else."""
+    """ "name=value" with the value read as YAML; argparse error for anything else, and for a number that is not decimal.
+
+    YAML 1.1 reads 010 as 8, 1:30 as 90 and 1_0 as 10.
+    """
     name, equals, value = text.partition("=")
     if not equals or not name.isidentifier():
         raise argparse.ArgumentTypeError(f"{text!r} is not of the form name=value")
     try:
-        return name, yaml.safe_load(value)
-    except yaml.YAMLError:
+        read = yaml.safe_load(value)
+    except (yaml.YAMLError, ValueError):  # ValueError: a date such as 2026-13-01
         raise argparse.ArgumentTypeError(f"the value of {text!r} is not YAML") from None
+    if type(read) in (int, float) and not DECIMAL.fullmatch(value.strip()):
+        raise argparse.ArgumentTypeError(
+            f"YAML reads {text!r} as {read}: write a plain decimal number, or text in quotes"
+        )
+    return name, read
 
 
 def main(words: list[str] | None = None) -> None:
@@ -89,7 +100,8 @@ def main(words: list[str] | None = None) -> None:
     for notebook, values in given.items():
         target = notebook if options.in_place else folder / notebook.name
         print(f"{notebook.name} -> {target}", flush=True)
-        papermill.execute_notebook(notebook, target, values, cwd=str(NOTEBOOKS), log_output=False)
+        with kernel.own():
+            papermill.execute_notebook(notebook, target, values, cwd=str(NOTEBOOKS), log_output=False, **kernel.OPTIONS)
         if options.in_place:
             tidy(target)
 

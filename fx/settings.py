@@ -57,7 +57,9 @@ class Settings:
     def generate(self, model: FineTune | Checkpoint, arm: str, n_generated: int, **changes) -> Generate:
         """N images of one arm, w' and k as chosen for it; `changes` are other fields of the Generate."""
         given = {"steps": self.sampling_steps, "sampler": self.sampler, "precision": self.precision, "seed": self.seed}
-        return Generate(model, arm, *self.guidance(arm), n_generated, **(given | changes))
+        w, k = self.guidance(arm)
+        given |= {"guidance_scale": w, "correction_scale": k, "n_generated": n_generated}
+        return Generate(model, arm, **(given | changes))
 
     def guidance(self, arm: str) -> tuple[float, float]:
         """w' and k of an arm: none for direct, CFG its own, every other FineXtract's; k is a term of FineXtract only."""

@@ -1,6 +1,7 @@
 """Items: the shipped sets as they lie on disk, and folders of whatever images a person has."""
 
 import hashlib
+import warnings
 from collections import Counter
 
 import numpy as np
@@ -237,6 +238,121 @@ def test_an_empty_folder_a_missing_one_and_a_missing_caption_are_refused(tmp_pat
         datasets.load_item(str(picture_folder))
     with pytest.raises(FileNotFoundError, match=r"no file .*gone\.png"):
         datasets.open_image(tmp_path / "gone.png")
+
+
+# nothing is left out silently
+
+
+@pytest.mark.parametrize("suffix", ["gif", "jfif", "avif", "jpe", "tga", "ppm", "jp2", "ico", "dib"])
+def test_every_kind_of_image_that_pillow_opens_is_an_image_of_the_item(tmp_path, suffix):
+    saved(tmp_path, "a.jpg", Image.new("RGB", (16, 16), "red"))
+    saved(tmp_path, f"b.{suffix.upper()}", Image.new("RGB", (16, 16), "red"))
+    assert datasets.load_item(str(tmp_path), "a dog").n_training == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        (
+            "b.HEIC",
+            b"\0\0\0\x18ftypheic",
+            r"b\.HEIC is an image of a kind \(\.heic\) that Pillow cannot open here: convert it",
+        ),
+        ("b.dng", b"II*\0", r"b\.dng is an image of a kind"),
+        ("b.svg", b"<svg/>", r"b\.svg is an image of a kind"),
+        ("b", None, r"b is an image \(PNG\) by its content, but not by its name: give it the suffix \.png"),
+        ("b.jpg_large", None, r"b\.jpg_large is an image \(PNG\) by its content"),
+        ("b.wmf", b"\0", r"b\.wmf is not an image that can be read"),
+    ],
+)
+def test_a_picture_that_would_be_left_out_is_refused_by_name(picture_folder, tmp_path, name, content, message):
+    picture = (picture_folder / "0.png").read_bytes()
+    (tmp_path / "a.png").write_bytes(picture)
+    (tmp_path / name).write_bytes(picture if content is None else content)
+    with pytest.raises(ValueError, match=message):
+        datasets.load_item(str(tmp_path), "a dog")
+
+
+def test_a_link_whose_target_is_gone_is_refused_and_one_that_leads_to_an_image_is_an_image(picture_folder, tmp_path):
+    (tmp_path / "a.png").symlink_to(picture_folder / "0.png")
+    (tmp_path / "notes.txt").symlink_to("nowhere.txt")
+    assert datasets.load_item(str(tmp_path), "a dog").n_training == 1
+    (tmp_path / "b.png").symlink_to("moved-away.png")
+    with pytest.raises(ValueError, match=r"b\.png is a link whose target is not there: mend it, or remove it"):
+        datasets.load_item(str(tmp_path), "a dog")
+
+
+def test_what_usually_lies_beside_images_is_no_matter_but_sub_folders_with_images_are_named(picture_folder, tmp_path):
+    (tmp_path / "a.png").write_bytes((picture_folder / "0.png").read_bytes())
+    for name in ("a.txt", "a.caption", "metadata.json", "Thumbs.db", ".hidden.png", "weights.npz", "data.h5"):
+        (tmp_path / name).write_bytes(b"P6 is no picture")
+    (tmp_path / "empty").mkdir()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert datasets.load_item(str(tmp_path), "a dog").n_training == 1
+    (tmp_path / "10_dog").mkdir()
+    (tmp_path / "10_dog/b.png").write_bytes(b"")
+    with pytest.warns(UserWarning, match="10_dog holds images too, which are left out"):
+        assert datasets.load_item(str(tmp_path), "a dog").n_training == 1
+
+
+@pytest.mark.parametrize("suffix", ["gif", "tiff", "webp"])
+def test_a_file_with_several_pictures_is_refused(tmp_path, suffix):
+    frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "lime", "blue")]
+    path = saved(tmp_path, f"a.{suffix}", frames[0], save_all=True, append_images=frames[1:])
+    with pytest.raises(
+        ValueError, match=rf"a\.{suffix} is not .* \(it holds 3 pictures, and only the first would be seen"
+    ):
+        datasets.open_image(path)
+
+
+def test_a_photo_with_a_preview_in_it_is_one_picture(tmp_path):
+    photo, preview = Image.new("RGB", (16, 16), "red"), Image.new("RGB", (8, 8), "lime")
+    path = saved(tmp_path, "a.jpg", photo, format="MPO", save_all=True, append_images=[preview])
+    assert datasets.open_image(path).size == (16, 16)
+
+
+def test_an_image_of_too_many_pixels_is_refused_by_name(tmp_path, monkeypatch):
+    path = saved(tmp_path, "scan.png", Image.new("L", (50, 50)))
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    with pytest.raises(
+        ValueError, match=r"scan\.png is not an image that can be read \(Image size \(2500 pixels\) exceeds"
+    ):
+        datasets.load_item(str(tmp_path), "a dog")
+    path.rename(tmp_path / "scan")
+    with pytest.raises(ValueError, match=r"scan is an image \(PNG\) by its content"):
+        datasets.load_item(str(tmp_path), "a dog")
+
+
+@pytest.mark.parametrize("raised", [False, True])
+def test_an_image_with_broken_exif_data_is_taken_as_stored_with_one_warning_that_names_it(
+    tmp_path, monkeypatch, raised
+):
+    stored = Image.fromarray(np.random.default_rng(0).integers(0, 256, (8, 16, 3), np.uint8))
+    path = saved(tmp_path, "a.png", stored, exif=b"Exif\0\0II*\0\xff\0\0\0")
+    if raised:
+        monkeypatch.setattr("PIL.ImageOps.exif_transpose", lambda _: (_ for _ in ()).throw(SyntaxError("not a TIFF")))
+    with pytest.warns(UserWarning) as said:
+        assert np.array_equal(np.asarray(datasets.open_image(path)), np.asarray(stored))
+    assert len(said) == 1
+    assert "a.png: its EXIF data are broken (" in str(said[0].message)
+
+
+@pytest.mark.parametrize("error", [TypeError("?"), ZeroDivisionError(), RecursionError(), EOFError()])
+def test_whatever_pillow_raises_is_one_message_with_the_file(tmp_path, monkeypatch, error):
+    path = saved(tmp_path, "a.png", Image.new("RGB", (2, 2)))
+    with monkeypatch.context() as broken:
+        broken.setattr(Image.Image, "convert", lambda *_: (_ for _ in ()).throw(error))
+        with pytest.raises(
+            ValueError, match=r"a\.png is not an image that can be read \((\?|[A-Z]\w+)\): remove or replace"
+        ):
+            datasets.open_image(path)
+
+
+@pytest.mark.parametrize("name", ["a" * 300, "~nobody-of-this-name/x", "a\0b"])
+def test_a_name_that_can_be_no_folder_is_refused(name):
+    with pytest.raises(FileNotFoundError, match="no item"):
+        datasets.load_item(name, "a dog")
 
 
 # pixels

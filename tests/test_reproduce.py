@@ -1,6 +1,7 @@
 """fx.reproduce: which notebooks run with which parameters, what is refused beforehand, and one toy notebook run."""
 
 import json
+import os
 import runpy
 import sys
 from argparse import ArgumentTypeError
@@ -132,6 +133,20 @@ def test_assignment_reads_the_value_as_yaml(text, value):
     assert (name, read, type(read)) == ("n", value, type(value))
 
 
+@pytest.mark.parametrize(
+    "text", ["n=010", "n=1:30", "n=1_000", "n=0x10", "n=0b1", "n=.inf", "n=.nan", "n=-010", "n=1:30.5"]
+)
+def test_assignment_refuses_numbers_that_yaml_reads_as_others(text):
+    """YAML 1.1's octal, base-60, underscored, hexadecimal and binary numbers: 010 is 8, 1:30 is 90."""
+    with pytest.raises(ArgumentTypeError, match=f"YAML reads '{text}' as .*: write a plain decimal number"):
+        reproduce.assignment(text)
+
+
+def test_assignment_refuses_a_date_that_there_is_not():
+    with pytest.raises(ArgumentTypeError, match="'n=2026-13-01' is not YAML"):
+        reproduce.assignment("n=2026-13-01")
+
+
 @pytest.mark.parametrize("text", ["artists", "=3", "two words=3", "1st=3", "n=[1", "n={a"])
 def test_assignment_refuses_anything_else_and_repeats_it(text):
     with pytest.raises(ArgumentTypeError) as error:
@@ -209,6 +224,31 @@ def test_a_notebook_runs_end_to_end_with_its_parameters_in_its_own_folder(notebo
     assert f"01-fine-tuning.ipynb -> {path}" in capsys.readouterr().out
     source = nbformat.read(notebooks / "01-fine-tuning.ipynb", as_version=4)
     assert not any(cell.outputs for cell in source.cells), "the notebook itself stays as it is"
+
+
+@pytest.mark.parametrize("spec", [{"name": "conda-env-fx-py", "display_name": "x", "language": "python"}, None])
+def test_a_notebook_runs_on_this_python_whatever_kernel_is_noted_in_it(notebooks, tmp_path, monkeypatch, spec):
+    """Also where the user has a kernel named python3 that is another Python."""
+    path = notebooks / "01-fine-tuning.ipynb"
+    notebook = nbformat.read(path, 4)
+    notebook.cells[-1].source = "import sys; print(sys.executable)"
+    notebook.metadata = {"kernelspec": spec} if spec else {}
+    nbformat.write(notebook, path)
+    theirs = tmp_path / "jupyter/kernels/python3"
+    theirs.mkdir(parents=True)
+    spec = {"argv": ["/nowhere/python", "-m", "ipykernel_launcher", "-f", "{connection_file}"], "display_name": "x"}
+    (theirs / "kernel.json").write_text(json.dumps(spec | {"language": "python"}))
+    monkeypatch.setenv("JUPYTER_PATH", str(tmp_path / "jupyter"))
+    reproduce.main(["01", "--profile", "smoke"])
+    printed = nbformat.read(tmp_path / "runs/executed/smoke/01-fine-tuning.ipynb", 4).cells[-1].outputs[0].text
+    assert printed.strip() == sys.executable
+    assert os.environ["JUPYTER_PATH"] == str(tmp_path / "jupyter")
+
+
+def test_a_file_that_is_no_notebook_is_named(notebooks):
+    (notebooks / "03-extraction.ipynb").write_text("{}")
+    with pytest.raises(ValueError, match=r"03-extraction\.ipynb is no notebook"):
+        reproduce.parameters(notebooks / "03-extraction.ipynb", "mini", {})
 
 
 def test_a_failing_notebook_stops_the_run(notebooks, tmp_path):
