@@ -18,7 +18,8 @@ from transformers.image_processing_utils import BaseImageProcessor
 
 from fx import checkpoints
 from fx.datasets import to_uint8
-from fx.models import check_finite, device
+from fx.models import device
+from fx.parts import check_finite
 
 # The judges of the paper's models, at revisions with safetensors. App. I names CLIP-IQA without its network. The ResNet-50
 # of Wang et al. is published as a TorchScript program that libraries fetch and run, so the ViT-B/16 of CLIP stands here; its
@@ -102,7 +103,7 @@ def _network(folder: Path) -> nn.Module:
         if info[trouble]:
             first = ", ".join(map(str, list(info[trouble])[:3]))
             raise ValueError(f"the weights in {folder} do not fit its config.json: {trouble.replace('_', ' ')} {first}")
-    check_finite(network, folder)
+    check_finite(folder, network.state_dict())
     return network.requires_grad_(False).to(device())
 
 
