@@ -332,7 +332,7 @@ def test_an_image_with_broken_exif_data_is_taken_as_stored_with_one_warning_that
     path = saved(tmp_path, "a.png", stored, exif=b"Exif\0\0II*\0\xff\0\0\0")
     if raised:
         monkeypatch.setattr("PIL.ImageOps.exif_transpose", lambda _: (_ for _ in ()).throw(SyntaxError("not a TIFF")))
-    with pytest.warns(UserWarning) as said:
+    with pytest.warns(UserWarning, match="EXIF") as said:
         assert np.array_equal(np.asarray(datasets.open_image(path)), np.asarray(stored))
     assert len(said) == 1
     assert "a.png: its EXIF data are broken (" in str(said[0].message)
