@@ -11,11 +11,11 @@ import argparse
 import sys
 from pathlib import Path
 
-from fx import plots, results, settings
+from fx import plots, results, settings, tables
 from fx.datasets import load_images, load_item, to_uint8
 from fx.evaluation import Score, image_side, read_matches, scored_images, thresholds
 from fx.finetune import METHODS, TrainingItem
-from fx.paths import FIGURES
+from fx.paths import COMPLETE, FIGURES
 from fx.sampling import generated_pictures
 
 
@@ -32,7 +32,11 @@ def arguments(words: list[str] | None = None) -> argparse.Namespace:
         "--change", default="", help="other settings of fx/settings.yaml: 'sampling_steps=25 lora.rank=16'"
     )
     parser.add_argument("--seed", type=int, default=0, help="seed of fine-tuning and sampling (default 0)")
-    parser.add_argument("--write-figure", action="store_true", help="the picture into figures/, as README.md shows it")
+    parser.add_argument(
+        "--write-figure",
+        action="store_true",
+        help="renew what README.md shows: the picture in figures/, the scores in data/results/mini",
+    )
     options = parser.parse_args(words)
     if options.images < 1 or options.seed < 0:
         parser.error(f"--images {options.images} must be at least 1, --seed {options.seed} at least 0")
@@ -60,6 +64,8 @@ def main(words: list[str] | None = None) -> None:
     print(f"\nA-ESR thresholds of {asked[0].extract.descriptor}: strict {strict:.3f}, loose {loose:.3f}\n")
     columns = ["arm", "AS", "A-ESR_strict", "A-ESR_loose", "n_extracted", "n_generated"]
     print(rows[columns].to_string(index=False, float_format="{:.3f}".format))
+    if options.write_figure:
+        tables.save(rows[columns], "demo", COMPLETE)
     path = picture_path(options)
     path.parent.mkdir(parents=True, exist_ok=True)
     comparison(asked).savefig(path)
