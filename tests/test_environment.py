@@ -147,7 +147,7 @@ def test_the_running_environment_is_the_pinned_one():
 def test_everything_imported_is_declared():
     ranges, owners = declared(PROJECT), metadata.packages_distributions()
     local = {"fx", "tests", "conftest"} | {path.stem for path in (ROOT / "tests").glob("*.py")}
-    local |= {"ldm", "open_clip"}  # of tests/fixtures/single-file/make.py alone, which says how they are installed
+    local |= {"ldm", "open_clip", "lycoris"}  # of the make.py of fixtures alone, which say how they are installed
     for module in sorted((imported(ROOT / "fx") | imported(ROOT / "tests")) - local):
         owner = {canonicalize_name(name) for name in owners.get(module, [])}
         assert owner & ranges.keys(), f"{module} is imported but pyproject.toml does not name its package {owner}"
