@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import supported
 import tiny
 import torch
 from diffusers import StableDiffusionPipeline
@@ -16,6 +17,12 @@ from fx.models import load_pipeline
 
 settings.register_profile("fx", deadline=None)  # a busy machine is no failure
 settings.load_profile("fx")
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """Note which tests ran and passed, for the page of what is supported."""
+    if report.when == "call" and report.outcome == "passed" and not hasattr(report, "wasxfail"):
+        supported.PASSED.add(report.nodeid)
 
 
 @pytest.fixture(scope="session")
