@@ -98,6 +98,8 @@ def load_part(kind: type, folder: Path, dtype: torch.dtype) -> nn.Module:
     options = {"dtype": dtype, "use_safetensors": True, "output_loading_info": True, "local_files_only": True}
     if issubclass(kind, diffusers.ModelMixin):
         options["low_cpu_mem_usage"] = False
+    else:
+        options["ignore_mismatched_sizes"] = True  # named below; the error of its own would not name them
     with reading(folder):
         model, info = kind.from_pretrained(folder, variant=checkpoints.variant(folder), **options)
     keys = ("missing", "unexpected", "mismatched")

@@ -61,9 +61,9 @@ def load(first: DiffusionPipeline, file: Path) -> dict[str, object]:
         )
     with reading(file):
         tensors = load_file(file)
+    schedule = stated_schedule(first, tensors, file)
     groups = split(first, tensors, file)
     parts = {name: _part(getattr(first, name), name, group, file) for name, group in groups.items()}
-    schedule = stated_schedule(first, tensors, file)
     return parts | ({"scheduler": schedule} if schedule else {})
 
 

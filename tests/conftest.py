@@ -11,6 +11,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 import numpy as np
 import pytest
+import supported
 import tiny
 import torch
 from diffusers import StableDiffusionPipeline
@@ -30,6 +31,12 @@ def pytest_collection_modifyitems(config, items):
     """Side by side, the long tests first, so that no worker is left with one when the others have finished."""
     if hasattr(config, "workerinput"):
         items.sort(key=lambda item: item.get_closest_marker("long") is None)
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """Note which tests ran and passed, for the page of what is supported."""
+    if report.when == "call" and report.outcome == "passed" and not hasattr(report, "wasxfail"):
+        supported.PASSED.add(report.nodeid)
 
 
 @pytest.fixture(scope="session")

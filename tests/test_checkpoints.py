@@ -3,6 +3,7 @@
 import copy
 import json
 import shutil
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dic
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextModelWithProjection
 
-from fx import checkpoints, families, models
+from fx import checkpoints, families, models, parts, single_files
 
 CAPTION = "a dog"
 RANK, ALPHA = 2, 4
@@ -321,6 +322,387 @@ def test_kohya_metadata_is_read(tmp_path):
 def test_missing_or_broken_metadata_is_no_error(tmp_path, entries):
     save_file({"a": torch.zeros(1)}, tmp_path / "x.safetensors", metadata=entries)
     assert checkpoints.metadata(tmp_path / "x.safetensors") == checkpoints.Metadata()
+
+
+FOREIGN = {
+    "tags as one JSON string": {"ss_tag_frequency": json.dumps("dog, grass")},
+    "tags without folders": {"ss_tag_frequency": json.dumps({"dog": 5})},
+    "tags as a list": {"ss_tag_frequency": json.dumps(["dog"])},
+    "a count that is null": {
+        "ss_tag_frequency": json.dumps({"10_dog": {"dog": None, "cat": -1, "cow": 1.5, "pig": True}})
+    },
+    "folders as numbers": {"ss_dataset_dirs": json.dumps({"a": 3})},
+    "img_count null": {"ss_dataset_dirs": json.dumps({"10_dog": {"img_count": None}})},
+    "subsets null": {"ss_datasets": json.dumps([{"subsets": None}, 3, {"subsets": [None]}])},
+    "datasets as a number": {"ss_datasets": "7"},
+    "digits that are none": {"ss_clip_skip": "²", "ss_num_train_images": "٣"},
+    "deep": {"ss_datasets": "[" * 5000},
+    "many digits": {"ss_num_train_images": "9" * 5000, "ss_datasets": "9" * 5000},
+}
+
+
+@pytest.mark.parametrize("case", FOREIGN)
+def test_metadata_of_another_shape_is_left_out(tmp_path, case):
+    save_file({"a": torch.zeros(1)}, tmp_path / "x.safetensors", metadata=FOREIGN[case])
+    assert checkpoints.metadata(tmp_path / "x.safetensors") == checkpoints.Metadata()
+
+
+def test_metadata_that_can_be_read_in_part_is_read_in_part(tmp_path):
+    entries = {"ss_tag_frequency": json.dumps({"10_dog": {"dog": 3, "cat": None}, "20_cat": [1], "5_x": {"dog ": "2"}})}
+    save_file({"a": torch.zeros(1)}, tmp_path / "x.safetensors", metadata=entries)
+    assert checkpoints.metadata(tmp_path / "x.safetensors").tags == (("dog", 5),)
+    with pytest.raises(FileNotFoundError, match=r"y\.safetensors does not exist"):
+        checkpoints.metadata(tmp_path / "y.safetensors")
+
+
+# single files: their parts and what they say of their schedule
+
+
+@pytest.fixture(scope="module")
+def originals(tmp_path_factory) -> dict:
+    """The base pipelines of the single files, loaded once."""
+    root = tmp_path_factory.mktemp("originals")
+    for family in ("sd1", "sd2", "sdxl"):
+        single_file_base(family).save_pretrained(root / family)
+    return {family: models.load_pipeline(str(root / family)) for family in ("sd1", "sd2", "sdxl")}
+
+
+def cut(folder: Path, family: str, change, metadata: dict | None = None) -> Path:
+    """A copy of a single file with other tensors."""
+    tensors = load_file(SINGLE_FILE / f"{family}.safetensors")
+    save_file(change(tensors), folder / "model.safetensors", metadata=metadata)
+    return folder / "model.safetensors"
+
+
+def lacking(prefix: str):
+    return lambda tensors: {name: value for name, value in tensors.items() if not name.startswith(prefix)}
+
+
+@pytest.mark.parametrize(
+    ("family", "prefix", "parts"),
+    [
+        ("sd1", "first_stage_model.", {"unet", "text_encoder"}),
+        ("sd1", "cond_stage_model.", {"unet", "vae"}),
+        ("sd2", "cond_stage_model.", {"unet", "vae"}),
+        ("sdxl", "conditioner.embedders.1.", {"unet", "vae", "text_encoder"}),
+        ("sdxl", ("conditioner.", "first_stage_model."), {"unet"}),
+    ],
+)
+def test_a_single_file_without_some_parts_has_the_others(originals, tmp_path, family, prefix, parts):
+    base = originals[family]
+    whole = single_files.load(base, SINGLE_FILE / f"{family}.safetensors")
+    found = single_files.load(base, cut(tmp_path, family, lacking(prefix)))
+    assert found.keys() == parts
+    for part in parts:
+        for name, value in whole[part].state_dict().items():
+            assert torch.equal(found[part].state_dict()[name], value)
+
+
+def test_a_network_file_on_its_own_is_a_fine_tuned_model(originals, tmp_path):
+    """As diffusers saves it, in the original names without a prefix, and as the only file in a folder."""
+    base = originals["sd1"]
+    wanted = {name: value + 0.01 for name, value in base.unet.state_dict().items()}
+    save_file(wanted, tmp_path / "model.safetensors")
+    found = single_files.load(base, tmp_path / "model.safetensors")
+    assert found.keys() == {"unet"}
+    assert all(torch.equal(value, wanted[name]) for name, value in found["unet"].state_dict().items())
+    assert checkpoints.kind_of(tmp_path) == "single file"
+    start = "model.diffusion_model."
+    file = cut(tmp_path, "sd1", lambda t: {k.removeprefix(start): v for k, v in t.items() if k.startswith(start)})
+    bare, whole = single_files.load(base, file), single_files.load(base, SINGLE_FILE / "sd1.safetensors")
+    assert all(torch.equal(v, whole["unet"].state_dict()[k]) for k, v in bare["unet"].state_dict().items())
+
+
+def one(tensors: dict, start: str, end: str) -> str:
+    return next(name for name in tensors if name.startswith(start) and name.endswith(end))
+
+
+@pytest.mark.parametrize(
+    ("family", "change", "message"),
+    [
+        ("sd1", lambda t: t.pop(one(t, "cond", "q_proj.weight")), "lacks weights of CLIPTextModel: .*q_proj.weight"),
+        (
+            "sdxl",
+            lambda t: t.pop(one(t, "conditioner.embedders.1", "ln_1.bias")),
+            "lacks weights of CLIPTextModelWithP",
+        ),
+        ("sd1", lambda t: t[one(t, "cond", "q_proj.weight")].fill_(torch.nan), "cond.*q_proj.weight is not finite"),
+        (
+            "sdxl",
+            lambda t: t[one(t, "conditioner.embedders.1", "ln_1.bias")].fill_(torch.inf),
+            "ln_1.bias is not finite",
+        ),
+        ("sd1", lambda t: t.update({"model.diffusion_model.spare.weight": torch.ones(1)}), "left over .*spare"),
+        (
+            "sd1",
+            lambda t: t.update({"cond_stage_model.spare": torch.ones(1)}),
+            "left over weights of CLIPTextModel: spare",
+        ),
+        ("sd1", lambda t: t.update({"first_stage_model.spare": torch.ones(1)}), "left over .*first_stage_model.spare"),
+        ("sd1", lambda t: t.update({"control_model.x": torch.ones(1)}), "none of its parts .control_model.x"),
+        ("sd1", lambda t: t.update({k: v.to(torch.int8) for k, v in t.items()}), "is stored as int8: quantised"),
+        ("sd1", lambda t: t.update({"model.diffusion_model.scaled_fp8": torch.ones(1)}), "left over .*scaled_fp8"),
+        (
+            "sd1",
+            lambda t: [t.pop(k) for k in list(t) if "diffusion" in k],
+            "holds no unet of a StableDiffusionPipeline",
+        ),
+        ("sdxl", lambda t: t.update(edm_mean=torch.ones(4)), "edm_mean that it is an EDM model"),
+    ],
+)
+def test_a_single_file_that_is_damaged_or_has_something_left_over_is_refused(
+    originals, tmp_path, family, change, message
+):
+    def changed(tensors):
+        change(tensors)
+        return tensors
+
+    with pytest.raises(ValueError, match=message):
+        single_files.load(originals[family], cut(tmp_path, family, changed))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float8_e4m3fn])
+def test_a_single_file_in_fewer_bits_is_read(originals, tmp_path, dtype):
+    name = "model.diffusion_model.input_blocks.0.0.weight"
+    file = cut(tmp_path, "sd1", lambda tensors: {key: value.to(dtype) for key, value in tensors.items()})
+    stored = load_file(file)[name].float()
+    assert torch.equal(single_files.load(originals["sd1"], file)["unet"].conv_in.weight, stored)
+
+
+def test_a_single_textual_inversion_is_named_as_such(folders, tmp_path):
+    save_file({"<sks>": torch.randn(1, 32)}, tmp_path / "sks.safetensors")
+    with pytest.raises(ValueError, match="is a textual-inversion embedding"):
+        models.load_pair(str(folders["sd1"]), tmp_path / "sks.safetensors")
+
+
+V, ZERO = {"v_pred": torch.zeros(0)}, {"ztsnr": torch.zeros(0)}
+
+
+@pytest.mark.parametrize(
+    ("marks", "metadata", "kind", "zero"),
+    [
+        ({}, None, "epsilon", False),
+        (V, None, "v_prediction", False),
+        (V | ZERO, None, "v_prediction", True),
+        ({}, {"modelspec.prediction_type": "v"}, "v_prediction", False),
+        ({}, {"modelspec.predict_key": "v"}, "v_prediction", False),
+        ({}, {"modelspec.architecture": "stable-diffusion-v2-768-v/lora"}, "v_prediction", False),
+        ({}, {"ss_v_parameterization": "True", "ss_zero_terminal_snr": "True"}, "v_prediction", True),
+        ({}, {"modelspec.prediction_type": "epsilon"}, "epsilon", False),
+    ],
+)
+def test_what_a_single_file_says_of_its_predictions_is_obeyed(originals, tmp_path, marks, metadata, kind, zero):
+    file = cut(tmp_path, "sdxl", lambda tensors: tensors | marks, metadata)
+    schedule = single_files.load(originals["sdxl"], file).get("scheduler", originals["sdxl"].scheduler)
+    assert schedule.config.prediction_type == kind
+    assert (float(schedule.alphas_cumprod[-1]) == 0) == zero
+
+
+@pytest.mark.parametrize(
+    ("marks", "metadata", "message"),
+    [
+        (
+            V,
+            {"modelspec.prediction_type": "epsilon"},
+            "contradicts itself: epsilon by modelspec.*v_prediction by the tensor",
+        ),
+        ({}, {"modelspec.prediction_type": "score"}, "is 'score'; known are epsilon"),
+        (
+            {},
+            {"modelspec.prediction_type": "flow"},
+            "predicts flow_prediction, which a StableDiffusionXLPipeline does not",
+        ),
+    ],
+)
+def test_a_single_file_that_says_what_cannot_be_obeyed_is_refused(originals, tmp_path, marks, metadata, message):
+    with pytest.raises(ValueError, match=message):
+        single_files.load(originals["sdxl"], cut(tmp_path, "sdxl", lambda tensors: tensors | marks, metadata))
+
+
+def test_a_schedule_kept_in_a_single_file_is_obeyed(originals, tmp_path):
+    """`alphas_cumprod` of another schedule; the base model's own, in half precision, changes nothing."""
+    base = originals["sd1"]
+    other = DDIMScheduler(beta_start=0.0001, beta_end=0.02, beta_schedule="linear").alphas_cumprod
+    for kept in ({"alphas_cumprod": other}, {"denoiser.sigmas": ((1 - other) / other) ** 0.5}):
+        file = cut(tmp_path, "sd1", lambda tensors, kept=kept: tensors | kept)
+        assert torch.allclose(single_files.load(base, file)["scheduler"].alphas_cumprod, other, rtol=1e-4)
+    same = {"alphas_cumprod": base.scheduler.alphas_cumprod.half()}
+    assert "scheduler" not in single_files.load(base, cut(tmp_path, "sd1", lambda tensors: tensors | same))
+
+
+# folders
+
+
+@pytest.mark.parametrize("name", ["fp16", "bf16"])
+def test_folders_with_variants_only_are_read(folders, tmp_path, name):
+    tuned = models.load_pipeline(str(folders["sd1 tuned"]))
+    tuned.save_pretrained(tmp_path / "whole", variant=name)
+    tuned.unet.save_pretrained(tmp_path / "part/unet", variant=name)
+    assert not list(tmp_path.glob("*/*/model.safetensors"))
+    base = models.load_pipeline(str(folders["sd1"]))
+    only_unet = copy.copy(base)
+    only_unet.unet = tuned.unet
+    assert same(models.load_pair(str(folders["sd1"]), tmp_path / "whole"), base, tuned)
+    assert same(models.load_pair(str(folders["sd1"]), tmp_path / "part"), base, only_unet)
+
+
+def test_plain_weights_go_before_variants_and_several_variants_are_refused(tmp_path):
+    for name in ("model.fp16.safetensors", "model.non_ema.safetensors"):
+        save_file({"a": torch.zeros(1)}, tmp_path / name)
+    assert checkpoints.variant(tmp_path) == "fp16"
+    (tmp_path / "model.fp16.safetensors").rename(tmp_path / "model.ema.safetensors")
+    with pytest.raises(ValueError, match="holds the variants ema, non_ema of its weights"):
+        checkpoints.variant(tmp_path)
+    save_file({"a": torch.zeros(1)}, tmp_path / "model-00001-of-00002.safetensors")
+    assert checkpoints.variant(tmp_path) is None
+
+
+def test_a_hub_repository_with_variants_only_is_fetched_whole(folders, tmp_path, monkeypatch):
+    """Of two Hub repositories the one with plain weights is fetched without its fp16 copies, the other with them."""
+    tuned = models.load_pipeline(str(folders["sd1 tuned"]))
+    tuned.save_pretrained(tmp_path / "hub/someone/half", variant="fp16")
+    shutil.copytree(tmp_path / "hub/someone/half", tmp_path / "hub/someone/both")
+    shutil.copytree(folders["sd1 tuned"], tmp_path / "hub/someone/both", dirs_exist_ok=True)
+
+    def download(repository, revision=None, allow_patterns=(), ignore_patterns=()):
+        source, target = tmp_path / "hub" / repository, tmp_path / "cache" / repository
+        for file in (path for path in source.rglob("*") if path.is_file()):
+            name = str(file.relative_to(source))
+            if any(fnmatch(name, p) for p in allow_patterns) and not any(fnmatch(name, p) for p in ignore_patterns):
+                (target / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(file, target / name)
+        return str(target)
+
+    monkeypatch.setattr(checkpoints, "hf_hub_download", lambda *_, **__: None)
+    monkeypatch.setattr(checkpoints, "snapshot_download", download)
+    base = models.load_pipeline(str(folders["sd1"]))
+    assert same(models.load_pair(str(folders["sd1"]), "someone/half"), base, tuned)
+    assert not list(checkpoints.find("someone/both").rglob("*.fp16.*"))
+
+
+def test_pickles_that_nobody_reads_are_no_matter(folders, tmp_path):
+    """A training checkpoint: unet/ beside accelerate's optimizer.bin, scheduler.bin and random_states_0.pkl."""
+    shutil.copytree(folders["sd1 tuned"] / "unet", tmp_path / "unet")
+    for name in ("optimizer.bin", "scheduler.bin", "random_states_0.pkl", "scaler.pt"):
+        (tmp_path / name).write_bytes(b"")
+    assert checkpoints.kind_of(tmp_path) == "parts"
+    shutil.rmtree(tmp_path / "unet")
+    with pytest.raises(FileNotFoundError, match="holds no model"):
+        checkpoints.kind_of(tmp_path)
+    _lora(tmp_path)
+    assert checkpoints.kind_of(tmp_path) == "lora"
+
+
+TEXT_DAMAGE = {
+    "lacks a layer": (lambda t: [t.pop(k) for k in list(t) if "layers.1." in k], "missing keys .*layers.1"),
+    "another prefix": (lambda t: [t.update({f"x.{k}": t.pop(k)}) for k in list(t)], "(missing|unexpected) keys"),
+    "NaN": (lambda t: t[one(t, "", "q_proj.weight")].fill_(torch.nan), "q_proj.weight is not finite"),
+    "one too many": (lambda t: t.update(spare=torch.ones(1)), "unexpected keys spare"),
+    "another shape": (
+        lambda t: t.update({k: v[:5] for k, v in t.items() if "final_layer_norm.b" in k}),
+        "final_layer_norm",
+    ),
+    "whole numbers": (lambda t: t.update({k: v.char() for k, v in t.items() if "q_proj.w" in k}), "stored as I8"),
+}
+
+
+@pytest.mark.parametrize(
+    ("family", "part", "case"),
+    [
+        *(("sd1", "text_encoder", case) for case in TEXT_DAMAGE),
+        *(("sdxl", "text_encoder_2", case) for case in TEXT_DAMAGE),
+        ("alt", "text_encoder", "one too many"),
+    ],
+)
+def test_text_encoders_are_checked_as_networks_are(folders, tmp_path, family, part, case):
+    damage, message = TEXT_DAMAGE[case]
+    shutil.copytree(folders[f"{family} tuned"] / part, tmp_path / part)
+    rewrite(tmp_path / part / "model.safetensors", damage)
+    with pytest.raises(ValueError, match=message) as refused:
+        parts.load_text_encoder(tmp_path / part, family == "alt", torch.float32)
+    assert f"{tmp_path}/{part}" in str(refused.value)
+
+
+SCHEDULE, VAE = "scheduler/scheduler_config.json", "vae/config.json"
+SETTINGS_REFUSED = {
+    "another latent scale": (lambda f: settings(f / VAE, scaling_factor=0.5), "scaling_factor is 0.18215 and 0.5"),
+    "another latent shift": (lambda f: settings(f / VAE, shift_factor=0.1), "shift_factor is None and 0.1"),
+    "latent statistics": (
+        lambda f: settings(f / VAE, latents_mean=[0.1] * 4, latents_std=[2.0] * 4),
+        r"latents_mean is None and \[0.1",
+    ),
+    "an EDM schedule": (
+        lambda f: settings(f / SCHEDULE, _class_name="EDMEulerScheduler"),
+        "holds a EDMEulerScheduler, but",
+    ),
+    "a flow schedule": (
+        lambda f: settings(f / SCHEDULE, _class_name="FlowMatchEulerDiscreteScheduler"),
+        "FlowMatchEulerDiscreteScheduler, but this family's models are supported with a noise schedule",
+    ),
+    "an unknown schedule": (
+        lambda f: settings(f / SCHEDULE, _class_name="MyScheduler"),
+        "'MyScheduler', which is no sched",
+    ),
+    "another autoencoder": (lambda f: settings(f / VAE, _class_name="AutoencoderTiny"), "holds AutoencoderTiny"),
+    "a class as a list": (
+        lambda f: settings(f / "model_index.json", _class_name=["StableDiffusionPipeline"]),
+        "which is not supported; supported are",
+    ),
+    "a part too many": (
+        lambda f: shutil.copytree(f / "text_encoder", f / "text_encoder_2"),
+        "holds text_encoder_2/, which a StableDiffusionPipeline has not",
+    ),
+    "a tokenizer without a vocabulary": (
+        lambda f: [p.unlink() for p in (f / "tokenizer").iterdir() if p.name != "tokenizer_config.json"],
+        "tokenizer holds no tokenizer",
+    ),
+    "a tokenizer of another model": (
+        lambda f: shutil.rmtree(f / "tokenizer") or _larger_tokenizer().save_pretrained(f / "tokenizer"),
+        "tokens, its text encoder",
+    ),
+}
+
+
+def _larger_tokenizer():
+    tokenizer = tiny.byte_tokenizer()
+    tokenizer.add_tokens(["sks", "xyz"])
+    return tokenizer
+
+
+@pytest.mark.parametrize("case", SETTINGS_REFUSED)
+def test_settings_that_cannot_be_obeyed_are_refused(folders, case, tmp_path):
+    damage, message = SETTINGS_REFUSED[case]
+    shutil.copytree(folders["sd1 tuned"], tmp_path / "tuned")
+    damage(tmp_path / "tuned")
+    with pytest.raises(ValueError, match=message):
+        models.load_pair(str(folders["sd1"]), tmp_path / "tuned")
+
+
+def test_a_base_model_without_a_part_is_refused_and_a_fine_tuned_one_takes_the_base_models(folders, tmp_path):
+    shutil.copytree(folders["sd1 tuned"], tmp_path / "model")
+    shutil.rmtree(tmp_path / "model/tokenizer")
+    with pytest.raises(ValueError, match="model holds no tokenizer/, which a StableDiffusionPipeline needs"):
+        models.load_pipeline(str(tmp_path / "model"))
+    pair = models.load_pair(str(folders["sd1"]), tmp_path / "model")
+    assert pair.tuned.tokenizer is pair.base.tokenizer
+    assert pair.tuned.unet is not pair.base.unet
+
+
+def test_latents_are_decoded_by_the_autoencoders_own_statistics(folders):
+    pipeline = copy.copy(models.load_pipeline(str(folders["sd1"])))
+    mean, std = [0.1, 0.2, 0.3, 0.4], [1.0, 2.0, 3.0, 4.0]
+    pipeline.vae = copy.deepcopy(pipeline.vae)
+    pipeline.vae.register_to_config(latents_mean=mean, latents_std=std, scaling_factor=0.5)
+    x = torch.randn(2, 4, 4, 4, generator=torch.Generator().manual_seed(0))
+    by_hand = x * torch.tensor(std)[:, None, None] / 0.5 + torch.tensor(mean)[:, None, None]
+    with torch.no_grad():
+        assert torch.allclose(families.decode(pipeline, x), pipeline.vae.decode(by_hand).sample, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["a" * 300, "~nobody-of-this-name/x", "a\0b"])
+def test_a_name_that_can_be_no_model_is_refused(folders, name):
+    with pytest.raises(FileNotFoundError):
+        models.load_pair(str(folders["sd1"]), name)
 
 
 # thirty inputs that are refused
