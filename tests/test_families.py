@@ -56,7 +56,7 @@ def schedulers(pipeline) -> dict:
 def test_direct_and_cfg_are_what_the_stock_pipeline_samples(pipelines, family, arm, w):
     pipeline = pipelines[family]
     for sampler, scheduler in schedulers(pipeline).items():
-        x = sampling.starting_latents(SHAPE, 7, 0, 2)
+        x = sampling.starting_latents(SHAPE, 7, range(2))
         options = {"num_inference_steps": STEPS, "guidance_scale": w, "latents": x, "output_type": "pt"}
         expected = stock(pipeline, scheduler)([CAPTION] * 2, **options).images
         predict = sampling.predictor(models.ModelPair(pipeline, pipeline), CAPTION, arm)

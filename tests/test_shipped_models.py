@@ -57,7 +57,7 @@ def test_the_pipeline_is_a_stock_stable_diffusion_pipeline():
 def test_mini_sd_is_sampled_as_the_stock_pipeline_does(arm, w):
     stock = StableDiffusionPipeline.from_pretrained(MODELS / "mini-sd", dtype=torch.float32, safety_checker=None)
     stock.scheduler = DDIMScheduler.from_config(stock.scheduler.config)
-    x = sampling.starting_latents((32, 8, 8), 3, 0, 2)
+    x = sampling.starting_latents((32, 8, 8), 3, range(2))
     caption = "google emoji of red heart"
     options = {"num_inference_steps": 10, "guidance_scale": w, "latents": x, "output_type": "pt"}
     expected = stock([caption] * 2, **options).images
