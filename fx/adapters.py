@@ -112,6 +112,8 @@ def _add_file(second: DiffusionPipeline, file: Path) -> None:
     check_finite(file, tensors)
     words = {match[0]: match.groups() for name in tensors if (match := EMBEDDING.fullmatch(name))}
     embeddings = {names: tensors.pop(key) for key, names in words.items()}
+    if embeddings and not tensors:
+        raise ValueError(f"{file} holds an embedding and nothing else: it changes no network, so theta' would be theta")
     found = read(second, tensors, file)
     for part, layers in found.items():
         model = getattr(second, part)
@@ -191,6 +193,21 @@ def check_complete(layer: Layer, where: str) -> None:
         raise ValueError(f"{where} is no layer of a known kind: it has {', '.join(sorted(words))}")
     if not is_whole(words & kinds[0]):
         raise ValueError(f"{where} is incomplete: it has {', '.join(sorted(words))} only; fetch the file again")
+    check_ranks(layer, where)
+
+
+def check_ranks(layer: Layer, where: str) -> None:
+    """ValueError unless factors are matrices that can be multiplied, of a rank from 1, and alpha is one number."""
+    shapes = {word: list(tensor.shape) for word, tensor in layer.items()}
+    factors = [shape for word, shape in shapes.items() if word in LORA | LOHA | LOKR]
+    if any(len(shape) < 2 or 0 in shape for shape in factors):
+        raise ValueError(f"{where} cannot be loaded: its factors are no matrices, their shapes are {shapes}")
+    if "up" in layer and "mid" not in layer and shapes["up"][1] != shapes["down"][0]:
+        raise ValueError(f"{where} cannot be loaded: up {shapes['up']} and down {shapes['down']} are of two ranks")
+    if any(layer[word].numel() != 1 for word in ("alpha", "scalar") if word in layer):
+        raise ValueError(
+            f"{where} cannot be loaded: its alpha is {shapes.get('alpha', shapes.get('scalar'))}, not one number"
+        )
 
 
 def is_whole(factors: set[str]) -> bool:

@@ -85,6 +85,12 @@ def _snapshot(repository: str, revision: str | None) -> Path:
     return folder
 
 
+NOTHING = (
+    "{} holds no model: neither model_index.json, nor a unet/ or transformer/ folder, nor a LoRA "
+    f"({LORA_FILE}, adapter_config.json or a single .safetensors file with LoRA weights)"
+)
+
+
 def kind_of(path: Path) -> str:
     """What kind of checkpoint a path is, once its weights are known to be whole safetensors.
 
@@ -98,12 +104,13 @@ def kind_of(path: Path) -> str:
     if path.is_file():
         return "lora" if is_lora(path) else "single file"
     check_folder(path)
-    if (path / "model_index.json").is_file():
-        return "pipeline"
-    if any((path / part / "config.json").is_file() for part in ("unet", "transformer")):
-        return "parts"
-    if (path / "config.json").is_file() and "_class_name" in read_json(path / "config.json"):
-        return "network"
+    if kind := _model_kind(path):
+        adapters = [path / LORA_FILE, *(place / "adapter_config.json" for place in (path, *_weight_folders(path)))]
+        if there := [file for file in adapters if file.is_file()]:
+            raise ValueError(
+                f"{path} holds a model and an adapter ({there[0]}), of which one would be left out: name one"
+            )
+        return kind
     if any((folder / "adapter_config.json").is_file() for folder in (path, path / "unet", path / "transformer")):
         return "peft"
     if lora_file(path):
@@ -112,10 +119,17 @@ def kind_of(path: Path) -> str:
         return "single file"
     if pickles := [file for file in sorted(path.glob("*")) if file.suffix in PICKLES and is_weights(file)]:
         raise ValueError(_pickle(pickles[0]))
-    raise FileNotFoundError(
-        f"{path} holds no model: neither model_index.json, nor a unet/ or transformer/ folder, nor a LoRA "
-        f"({LORA_FILE}, adapter_config.json or a single .safetensors file with LoRA weights)"
-    )
+    raise FileNotFoundError(NOTHING.format(path))
+
+
+def _model_kind(path: Path) -> str | None:
+    """Whether a folder is a pipeline, parts of one or a network; None if it is none of these."""
+    if (path / "model_index.json").is_file():
+        return "pipeline"
+    if any((path / part / "config.json").is_file() for part in ("unet", "transformer")):
+        return "parts"
+    network = (path / "config.json").is_file() and "_class_name" in read_json(path / "config.json")
+    return "network" if network else None
 
 
 def is_weights(file: Path) -> bool:

@@ -62,8 +62,8 @@ def check_floating(source: Path, weights: dict[str, Tensor]) -> None:
     for name, weight in weights.items():
         if not weight.is_floating_point():
             raise ValueError(
-                f"{source}: the weight {name} is stored as {str(weight.dtype).removeprefix('torch.')}: quantised weights "
-                "are not supported; save it in float16 or float32"
+                f"{source}: the weight {name} is stored as {str(weight.dtype).removeprefix('torch.')}: quantised or "
+                "other weights than floating-point ones are not supported; save it in float16 or float32"
             )
 
 
@@ -113,8 +113,7 @@ def load_part(kind: type, folder: Path, dtype: torch.dtype) -> nn.Module:
 
 def network_class(folder: Path) -> type:
     """The class of the network in a folder, from its config.json; ValueError for one that is not supported."""
-    config = folder / "config.json"
-    named = checkpoints.read_json(config).get("_class_name") if config.is_file() else None
+    named = checkpoints.read_json(folder / "config.json").get("_class_name")
     if not isinstance(named, str) or named not in NETWORKS:
         raise ValueError(f"{folder} holds {named or 'no network'}; supported networks are {', '.join(NETWORKS)}")
     return NETWORKS[named]
@@ -169,7 +168,7 @@ def load_parts(folder: Path, kind: type, alt: bool, dtype: torch.dtype) -> dict[
         **dict.fromkeys(TEXT_PARTS, lambda place: load_text_encoder(place, alt, dtype)),
         **dict.fromkeys(TOKENIZERS, load_tokenizer),
     }
-    there = [name for name in loaders if any((folder / name).glob("*.json"))]
+    there = [name for name in loaders if (folder / name).is_dir() and any((folder / name).iterdir())]
     if foreign := [name for name in there if name not in inspect.signature(kind).parameters]:
         raise ValueError(f"{folder} holds {foreign[0]}/, which a {kind.__name__} has not: name the base it was made of")
     return {name: loaders[name](folder / name) for name in there}

@@ -228,6 +228,16 @@ REFUSED = {
         factors(TO_Q, into=48),
         r"attn1\.to_q cannot be loaded: size mismatch, \[32, 48\] for \[32, 32\]",
     ),
+    "two ranks": (
+        factors(TO_Q) | {f"{KEY}.lora_up.weight": torch.ones(32, 3)},
+        r"attn1.to_q cannot be loaded: up \[32, 3\] and",
+    ),
+    "no matrices": (
+        {f"{KEY}.lora_up.weight": torch.ones(32), f"{KEY}.lora_down.weight": torch.ones(2)},
+        "are no matrices",
+    ),
+    "alpha as a list": (factors(TO_Q) | {f"{KEY}.alpha": torch.ones(3)}, r"its alpha is \[3\], not one number"),
+    "an embedding only": ({"bundle_emb.sks.string_to_param.*": torch.ones(1, 32)}, "an embedding and nothing else"),
     "a magnitude too long": (factors(TO_Q) | {f"{KEY}.dora_scale": torch.ones(31, 1)}, "size mismatch, magnitude"),
     "a bias too long": ({f"{KEY}.diff": torch.ones(32, 32), f"{KEY}.diff_b": torch.ones(32)}, "size mismatch, a bias"),
     "NaN in the text encoder": (

@@ -593,6 +593,15 @@ def test_pickles_that_nobody_reads_are_no_matter(folders, tmp_path):
     assert checkpoints.kind_of(tmp_path) == "lora"
 
 
+@pytest.mark.parametrize("name", ["pytorch_lora_weights.safetensors", "unet/adapter_config.json"])
+def test_a_folder_with_a_model_and_an_adapter_is_refused(folders, tmp_path, name):
+    shutil.copytree(folders["sd1 tuned"], tmp_path / "both")
+    _lora(tmp_path / "both")
+    (tmp_path / "both" / checkpoints.LORA_FILE).rename(tmp_path / "both" / name)
+    with pytest.raises(ValueError, match=f"holds a model and an adapter .*{name}"):
+        checkpoints.kind_of(tmp_path / "both")
+
+
 TEXT_DAMAGE = {
     "lacks a layer": (lambda t: [t.pop(k) for k in list(t) if "layers.1." in k], "missing keys .*layers.1"),
     "another prefix": (lambda t: [t.update({f"x.{k}": t.pop(k)}) for k in list(t)], "(missing|unexpected) keys"),
