@@ -29,7 +29,9 @@ def arguments(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--method", choices=METHODS, default="dreambooth", help="how to fine-tune")
     parser.add_argument("--images", type=int, default=10, help="generated images per training image (default 10)")
     parser.add_argument(
-        "--change", default="", help="other settings of fx/settings.yaml: 'sampling_steps=25 lora.rank=16'"
+        "--change",
+        default="",
+        help="other settings than N (--images) and the seed, of fx/settings.yaml: 'sampling_steps=25 lora.rank=16'",
     )
     parser.add_argument("--seed", type=int, default=0, help="seed of fine-tuning and sampling (default 0)")
     parser.add_argument(

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import yaml
 
-from fx.evaluation import Quality, Score
+from fx.evaluation import Quality, Score, known_items
 from fx.extraction import Extract
-from fx.finetune import METHODS, FineTune, TrainingItem, load_training
+from fx.finetune import METHODS, FineTune, TrainingItem
 from fx.sampling import Generate
-from fx.tuned import Checkpoint, own_training
+from fx.tuned import Checkpoint
 
 FILE = Path(__file__).with_suffix(".yaml")
 
@@ -66,16 +66,27 @@ class Settings:
         scales = {"direct": 1.0, "cfg": self.cfg_scale}
         return scales.get(arm, self.finextract_scale), self.correction_scale if arm == "finextract" else 0.0
 
-    def score(self, model: FineTune | Checkpoint, arm: str, n_training: int | None = None, n_generated: int | None = None,
-              training: tuple[TrainingItem, ...] = (), rule: str = "paper", **changes) -> Score:  # fmt: skip
+    def score(
+        self,
+        model: FineTune | Checkpoint,
+        arm: str,
+        n_training: int | None = None,
+        n_generated: int | None = None,
+        training: tuple[TrainingItem, ...] = (),
+        rule: str = "paper",
+        **changes,
+    ) -> Score:
         """The extraction by one arm and its scores.
 
         n_training: None for the number of images of `training`, or else of those the model was fine-tuned on; n_generated:
-        None for N / N0 times that number; `changes` are other fields of the Generate.
+        None for N / N0 times that number; `changes` are other fields of the Generate. ValueError where no images to score
+        against are known.
         """
-        scored = training or own_training(model)
-        n_training = n_training or sum(load_training(part).n_training for part in scored)
-        n_generated = n_generated or self.images_per_training * n_training
+        items = known_items(training, model)
+        if n_training is None:
+            n_training = sum(item.n_training for item in items)
+        if n_generated is None:
+            n_generated = self.images_per_training * n_training
         generate = self.generate(model, arm, n_generated, **changes)
         return Score(Extract(generate, n_training, self.descriptor, rule=rule), training)
 

@@ -251,7 +251,8 @@ def make(tmp_path):
     def run(*arguments: str) -> tuple[int, list[str]]:
         log.write_text("")
         command = ["make", f"PYTHON3={python}", *arguments]
-        variables = {k: v for k, v in os.environ.items() if k not in {"FX_RUNS", "MAKEFLAGS", "MAKELEVEL", "MFLAGS"}}
+        foreign = {"FX_RUNS", "MAKEFLAGS", "MAKELEVEL", "MAKEOVERRIDES", "MFLAGS", "WORKERS"}  # of a make that runs us
+        variables = {k: v for k, v in os.environ.items() if k not in foreign}
         status = subprocess.run(command, cwd=tmp_path, env=variables, capture_output=True, check=False).returncode
         return status, log.read_text().splitlines()
 

@@ -1,7 +1,5 @@
 """Every family: loaded from its published layout, encoded, sampled and decoded as the libraries' own classes do it."""
 
-import os
-
 import pytest
 import supported
 import tiny
@@ -12,6 +10,7 @@ from diffusers.pipelines.deprecated.alt_diffusion.modeling_roberta_series import
 
 from fx import families, models, sampling
 
+pytestmark = pytest.mark.xdist_group("supported")  # the page at the end sees what ran before it, on one worker
 CAPTION = "a dog"
 SHAPE = (4, 4, 4)
 STEPS = 4
@@ -167,10 +166,6 @@ def test_a_family_is_supported_where_its_test_ran():
 
 def test_the_page_of_what_is_supported_says_what_the_tests_prove():
     """Compared with the tests that ran before this one, in the whole suite or with test_checkpoints.py."""
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        pytest.skip(
-            "side by side no worker sees all tests of the page: run this file with test_checkpoints.py, without -n"
-        )
     if missing := sorted(set(supported.ROWS) - supported.rows_run(supported.PASSED)):
         pytest.skip(f"only after {missing[0]} has run")
     assert supported.PAGE.read_text() == supported.page(supported.PASSED)

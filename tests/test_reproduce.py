@@ -292,6 +292,21 @@ def test_command_ends_with_one_line_for_a_wrong_number(monkeypatch):
     assert "\n" not in error.value.code
 
 
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")
+def test_an_interrupted_command_ends_with_one_line_that_says_how_to_go_on(monkeypatch, capsys):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sys, "argv", ["fx.reproduce", "02", "--profile", "smoke"])
+    monkeypatch.setattr("argparse.ArgumentParser.parse_args", interrupted)
+    with pytest.raises(SystemExit) as error:
+        runpy.run_module("fx.reproduce", run_name="__main__")
+    assert error.value.code == 130
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "interrupted" in line
+    assert "the same command goes on" in line
+
+
 @pytest.mark.parametrize(
     ("name", "value", "wanted"),
     [
