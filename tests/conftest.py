@@ -39,6 +39,21 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
         supported.PASSED.add(report.nodeid)
 
 
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Side by side, fail the session if SUPPORTED.md is not what the tests of all workers prove; see test_families.py."""
+    here = not hasattr(session.config, "workerinput") and session.config.getoption("numprocesses", None)
+    if here and supported.stale(supported.PASSED):
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
+    """Say why the session failed, if the page is the reason."""
+    if config.getoption("numprocesses", None) and supported.stale(supported.PASSED):
+        terminalreporter.write_line(
+            "FAILED tests/SUPPORTED.md is not what the tests prove: run python tests/supported.py"
+        )
+
+
 @pytest.fixture(scope="session")
 def tiny_sd(tmp_path_factory) -> Path:
     """A folder with a tiny random StableDiffusionPipeline: 16 px pictures, 4x4x4 latents, captions of 16 tokens."""

@@ -52,6 +52,11 @@ def rows_run(tests: set[str]) -> set[str]:
     return {row for row in ROWS for test in tests if f"::{row}[" in test}
 
 
+def stale(tests: set[str]) -> bool:
+    """Whether the page says something else than these tests prove; False as long as they do not cover all of its rows."""
+    return rows_run(tests) == ROWS.keys() and PAGE.read_text() != page(tests)
+
+
 def page(tests: set[str]) -> str:
     """The table in Markdown, of tests that ran and passed."""
     proven: dict[str, set[str]] = {}

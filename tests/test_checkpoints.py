@@ -17,7 +17,6 @@ from transformers import CLIPTextModelWithProjection
 
 from fx import checkpoints, families, models, parts, single_files
 
-pytestmark = pytest.mark.xdist_group("supported")  # test_families.py writes down what ran here
 CAPTION = "a dog"
 RANK, ALPHA = 2, 4
 SINGLE_FILE = Path(__file__).parent / "fixtures/single-file"
