@@ -1223,6 +1223,56 @@ def test_diffusion_loss_is_the_min_snr_weighted_error_of_the_noise(gamma):
     assert unet.context.dtype == torch.float32
 
 
+class Recording(StubUNet):
+    """Keeps all that it is shown, in order."""
+
+    def __init__(self):
+        self.seen = []
+
+    def __call__(self, x, t, context):
+        out = super().__call__(x, t, context)
+        self.seen.append((x, t, context, self.predicted))
+        return out
+
+    def all(self) -> list[torch.Tensor]:
+        return [torch.cat(parts).double() for parts in zip(*self.seen, strict=True)]
+
+
+@pytest.mark.parametrize("gamma", [5.0, 0.5])
+def test_held_out_loss_is_the_weighted_error_with_the_same_noise_and_timesteps_for_every_model(gamma):
+    latents, texts = torch.randn(30, 4, 2, 2, generator=rng(1)), torch.randn(30, 2, 3, generator=rng(2)).half()
+    unet = Recording()
+    torch.manual_seed(5)
+    found = sd.held_out_loss(unet, latents, texts, repeats=4, batch=7, gamma=gamma)
+    after = torch.rand(1)
+    x, t, context, predicted = unet.all()
+    abar = torch.from_numpy(ABAR)[t.long()].view(-1, 1, 1, 1)
+    eps = (x - abar.sqrt() * latents.double().repeat(4, 1, 1, 1)) / (1 - abar).sqrt()
+    assert eps.std() == pytest.approx(1, abs=0.05)
+    assert eps.mean() == pytest.approx(0, abs=0.06)
+    error = (predicted - eps).pow(2).mean((1, 2, 3)).numpy()
+    snr = ABAR / (1 - ABAR)
+    weight = np.where(snr > gamma, gamma / snr, 1.0)[t.long().numpy()]
+    assert found["mse"] == pytest.approx(error.mean(), rel=1e-3)
+    assert found["loss"] == pytest.approx((weight * error).mean(), rel=1e-3)
+    assert torch.equal(context, texts.double().repeat(4, 1, 1)), "every picture under its own caption"
+    for once in t.reshape(4, 30):  # evenly over the schedule, in each repeat other ones
+        assert np.diff(np.sort(once)).max() <= 38
+    assert len(set(t.tolist())) == 120
+    torch.manual_seed(5)
+    assert torch.equal(after, torch.rand(1)), "it draws from a generator of its own"
+
+    class Perfect:
+        def __call__(self, x, t, context):
+            first = sum(len(part) for part in self.seen)
+            self.seen.append(x)
+            return SimpleNamespace(sample=eps[first : first + len(x)].float())
+
+    perfect = Perfect()
+    perfect.seen = []
+    assert sd.held_out_loss(perfect, latents, texts, repeats=4, batch=30, gamma=gamma)["mse"] < 1e-5
+
+
 def test_diffusion_loss_drops_a_tenth_of_the_captions_and_uses_all_timesteps():
     texts = torch.ones(2, 2, 3)
     unet = StubUNet()
@@ -1350,6 +1400,26 @@ def test_save_writes_half_precision_folders_that_load_again(tokenizer, tmp_path)
         assert CLIPTokenizer.from_pretrained(tmp_path / folder).get_vocab() == tokenizer.get_vocab()
 
 
+def test_fit_for_class_goes_by_folder_and_title():
+    rows = pd.DataFrame(
+        [
+            ("noto", "beer mug", "group-4/drink", False),
+            ("noto", "red apple", "group-4/food", True),
+            ("noto", "pool 8 ball", "group-6/game", True),  # no word begins or ends within another
+            ("blob", "pregnant woman", "group-1/person", False),
+            ("openclipart", "apple", "food/fruit", True),
+            ("openclipart", "apple", "people", False),
+            ("openclipart", "wine", "food/fruit", False),
+            ("openclipart", "rooster", "food/beverages", False),
+            ("openclipart", "stripper", "style", False),
+            ("openclipart", "rooster", "object", True),
+        ],
+        columns=["collection", "title", "folder", "fit"],
+    )
+    assert corpus.fit_for_class(rows).tolist() == rows.fit.tolist()
+    assert corpus.fit_for_class(rows[:0]).shape == (0,)
+
+
 # mini-vae
 
 
@@ -1418,6 +1488,43 @@ def test_psnr_is_that_of_each_picture():
     x = levels.double() / 127.5 - 1
     expected = 20 * torch.log10(2 / (0.5 * x).abs())
     torch.testing.assert_close(vae.psnr(Halving(), seen, batch=2).double(), expected, atol=1e-3, rtol=0)
+
+
+def test_rebuild_works_through_all_pictures_in_order_and_ratio_is_their_psnr():
+    seen = torch.randint(0, 256, (5, 3, 8, 8), generator=rng(), dtype=torch.uint8)
+
+    class Darker:
+        def encode(self, images):
+            assert len(images) <= 2
+            return SimpleNamespace(latent_dist=SimpleNamespace(mode=lambda: images))
+
+        def decode(self, latents):
+            return SimpleNamespace(sample=latents - 0.5)
+
+    rebuilt = vae.rebuild(Darker(), seen, batch=2)
+    x = seen.double() / 127.5 - 1
+    expected = (x - 0.5).clamp(-1, 1)
+    torch.testing.assert_close(rebuilt.double(), expected, atol=1e-6, rtol=0)
+    noise = (expected - x).pow(2).mean((1, 2, 3))
+    torch.testing.assert_close(vae.ratio(seen, rebuilt).double(), 10 * torch.log10(4 / noise), atol=1e-3, rtol=0)
+
+
+def test_anatomy_tells_areas_from_detail_and_grey_from_colour():
+    x = drawings(6, side=16)
+    shares = vae.anatomy(x)
+    assert sum(shares.values()) == pytest.approx(x.pow(2).mean().item(), rel=1e-5)
+    assert min(shares.values()) > 0
+    board = ((torch.arange(16)[:, None] + torch.arange(16)) % 2 * 2.0 - 1).expand(1, 3, 16, 16)
+    patch = torch.ones(1, 3, 16, 16) * torch.tensor([1.0, -1.0, 0.0]).view(1, 3, 1, 1)
+    for image, name in (
+        (torch.full((1, 3, 16, 16), 0.5), "areas, grey"),
+        (patch, "areas, colour"),
+        (board, "detail, grey"),
+        (board * patch, "detail, colour"),
+    ):
+        found = vae.anatomy(image)
+        assert found.pop(name) == pytest.approx(image.pow(2).mean().item())
+        assert max(found.values()) < 1e-6, name
 
 
 def test_psnr_clips_the_reconstruction_to_the_range_of_pictures():

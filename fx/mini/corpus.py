@@ -56,6 +56,20 @@ SKIPPED_FOLDERS = re.compile(
     r"^(computer/icons|computer/buttons|shapes/stars|special|unsorted/duplicates|signs_and_symbols/flags"
     r"|signs_and_symbols/led|recreation/games/cards/(ornamental|white|simple|bordered))"
 )
+# What notebooks show to a class: clip art of these folders only, and nothing whose title has one of these words. Every
+# emoji title, every clip art of these folders and every shipped picture was looked at; models learn from all of them.
+SHOWN_FOLDERS = re.compile(
+    r"animals/(birds|bugs|dinosaurs|fish|mammals)|food/(?!beverages)|plants/|buildings|transportation|office|education"
+    r"|computer/(hardware|folders)|electronics|tools$|recreation/(music|sports|toys)|shapes/(jigsaw|callouts)"
+    r"|signs_and_symbols/(weather|clocks)|(style|object)$"
+)
+HIDDEN_WORDS = re.compile(
+    r"\b(middle finger|biting lip|kiss mark|bikini|briefs|swimsuit|breast-feeding|pregnan\w+|pantyhose\w*|love hotel"
+    r"|bunny ears|in bed|taking bath|steamy|massage|eighteen|stripper|girl|ikarus|zanzara cretina|cigarette|smok\w+|burner"
+    r"|cannabis|beer|wine|vino|sake|cocktail|clinking|tropical drink|tumbler|popping cork|pistol|grenade|bomb|dagger"
+    r"|kitchen knife|swords?|axe|gallows|scalpel|insecticide|nunchaku|syringe|pill|drop of blood|skull|crossbones|coffin"
+    r"|headstone|funeral|zombie|vampire|poo|vomiting|symbols on mouth|slot machine|biohazard|radioactive|linked image)\b"
+)
 # Spellings of one author's name.
 SAME_AUTHOR = {
     "Rollandin Francesco": "Architetto Francesco Rollandin",
@@ -287,6 +301,15 @@ def near_duplicates(prints: np.ndarray, reference: np.ndarray, threshold: float 
     """For each picture of `prints` [2, n, d], is it (or its mirror image) a near-duplicate of any of `reference`?"""
     same = np.maximum(prints[0] @ reference[0].T, prints[1] @ reference[0].T)
     return (same > threshold).any(axis=1)
+
+
+def fit_for_class(rows: pd.DataFrame) -> np.ndarray:
+    """Which pictures a notebook may show, bool [n], by SHOWN_FOLDERS and HIDDEN_WORDS.
+
+    rows: of the catalogue or of `shipped`, with title, collection and folder.
+    """
+    folder = (rows.collection != "openclipart") | rows.folder.map(lambda name: bool(SHOWN_FOLDERS.match(name)))
+    return (folder & ~rows.title.map(lambda title: bool(HIDDEN_WORDS.search(title)))).to_numpy(bool)
 
 
 def captions(row: pd.Series) -> list[str]:

@@ -81,6 +81,31 @@ def diffusion_loss(latents: Tensor, choices: list[list[int]], texts: Tensor, emp
     return loss
 
 
+@torch.no_grad()
+def held_out_loss(
+    unet: UNet2DConditionModel, latents: Tensor, texts: Tensor, repeats: int = 3, batch: int = 64, gamma: float = 5.0
+) -> dict[str, float]:
+    """The terms of `diffusion_loss` as means over all pictures, with noise and timesteps that are always the same.
+
+    latents: [n, 32, 8, 8], scaled; texts: [n, 32, 192], one encoded caption per picture. In each repeat the n timesteps
+    lie evenly over the schedule. So two checkpoints differ by what they learned and not by what was drawn, and the order
+    of the pictures belongs to the measurement.
+    """
+    noising, rng = scheduler(), torch.Generator().manual_seed(1)
+    snr = noising.alphas_cumprod / (1 - noising.alphas_cumprod)
+    errors, steps = [], []
+    for repeat in range(repeats):
+        t = (torch.arange(len(latents)) * 1000 // len(latents) + 37 * repeat) % 1000
+        eps = torch.randn(latents.shape, generator=rng)
+        for part in torch.arange(len(latents)).split(batch):
+            noisy = noising.add_noise(latents[part], eps[part], t[part])
+            predicted = unet(noisy, t[part], texts[part].float()).sample
+            errors.append(F.mse_loss(predicted, eps[part], reduction="none").mean(dim=(1, 2, 3)))
+        steps.append(t)
+    error, t = torch.cat(errors), torch.cat(steps)
+    return {"loss": (snr.clamp(max=gamma) / snr)[t].mul(error).mean().item(), "mse": error.mean().item()}
+
+
 def assemble(unet, vae, clip: CLIPModel, tokenizer: CLIPTokenizer, scale: float) -> StableDiffusionPipeline:
     """The stock pipeline of these parts (no safety checker); `scale` is the latents' scaling factor."""
     text = CLIPTextModel(clip.config.text_config)

@@ -91,6 +91,13 @@ def train(
     return average, log
 
 
+def load_average(model: nn.Module, folder: Path) -> int:
+    """Give `model` the averaged weights that `train` last kept in `folder`; the number of steps they have seen."""
+    state = torch.load(folder / "state.pt", weights_only=True)
+    model.load_state_dict(state["average"])
+    return state["step"]
+
+
 @torch.no_grad()
 def _update(average: nn.Module, model: nn.Module, keep: float) -> None:
     old, new = list(average.parameters()), list(model.parameters())

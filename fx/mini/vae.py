@@ -53,11 +53,31 @@ def decoder_only(model: AutoencoderKL) -> AutoencoderKL:
 
 
 @torch.no_grad()
+def rebuild(model: AutoencoderKL, pictures: Tensor, batch: int = 64) -> Tensor:
+    """Pictures encoded and decoded again: uint8 [n, 3, 64, 64] to float32 [n, 3, 64, 64] in [-1, 1]."""
+    parts = [model.decode(model.encode(to_float(part)).latent_dist.mode()).sample for part in pictures.split(batch)]
+    return torch.cat(parts).clamp(-1, 1)
+
+
+def ratio(pictures: Tensor, rebuilt: Tensor) -> Tensor:
+    """Peak signal-to-noise ratio in dB of each picture: uint8 and float32 in [-1, 1], both [n, 3, h, w], to float [n]."""
+    return 10 * torch.log10(4 / (rebuilt - to_float(pictures)).pow(2).mean(dim=(1, 2, 3)))
+
+
 def psnr(model: AutoencoderKL, pictures: Tensor, batch: int = 64) -> Tensor:
     """Peak signal-to-noise ratio in dB of each picture's reconstruction: uint8 [n, 3, 64, 64] to float [n]."""
-    values = []
-    for part in pictures.split(batch):
-        images = to_float(part)
-        rebuilt = model.decode(model.encode(images).latent_dist.mode()).sample.clamp(-1, 1)
-        values.append(10 * torch.log10(4 / (rebuilt - images).pow(2).mean(dim=(1, 2, 3))))
-    return torch.cat(values)
+    return ratio(pictures, rebuild(model, pictures, batch))
+
+
+def anatomy(images: Tensor, cell: int = 8) -> dict[str, float]:
+    """Mean squares of images [n, 3, h, w] in four parts that are orthogonal, so that their sum is that of the whole.
+
+    Areas: the mean of each cell x cell square, the size of a latent; detail: what is left. Grey: the mean of the three
+    channels; colour: what is left. h and w are multiples of `cell`. Of an error, images are differences.
+    """
+    areas = F.interpolate(F.avg_pool2d(images, cell), scale_factor=cell)
+    shares = {}
+    for name, part in {"areas": areas, "detail": images - areas}.items():
+        grey = part.mean(dim=1, keepdim=True).expand_as(part)
+        shares |= {f"{name}, grey": grey.pow(2).mean().item(), f"{name}, colour": (part - grey).pow(2).mean().item()}
+    return shares
