@@ -73,16 +73,16 @@ def marked(similarities: np.ndarray, loose: float, strict: float) -> list[str]:
 
 
 def captioned_grid(pictures: np.ndarray, captions: list[str], columns: int = 8, width: float = 1.15) -> Figure:
-    """Pictures uint8 [n, h, w, 3] in a grid, each under its own caption."""
-    rows = -(-len(pictures) // columns)
+    """Pictures uint8 [n, h, w, 3] in a grid, each `width` inches wide and under its own caption."""
+    rows, height = -(-len(pictures) // columns), width * pictures.shape[1] / pictures.shape[2] + 0.3
     figure, axes = plt.subplots(
-        rows, columns, figsize=(columns * width, rows * (width + 0.3)), squeeze=False, layout="constrained"
+        rows, columns, figsize=(columns * width, rows * height), squeeze=False, layout="constrained"
     )
     for axis in axes.flat:
         axis.axis("off")
     for axis, picture, caption in zip(axes.flat, pictures, captions, strict=False):
         axis.imshow(picture)
-        axis.set_title("\n".join(textwrap.wrap(caption, 20)[:3]), fontsize=6)
+        axis.set_title("\n".join(textwrap.wrap(caption, 18)[:3]), fontsize=7)
     return figure
 
 
@@ -195,3 +195,73 @@ def save(figure: Figure, name: str, profile: str) -> Path:
     path = FIGURES / f"{name}-{profile}.png"
     figure.savefig(path)
     return path
+
+
+def progress_rows(
+    rows: dict[str, np.ndarray],
+    similarities: dict[str, np.ndarray],
+    marks: dict[str, float],
+    title: str = "",
+    width: float = 0.62,
+) -> Figure:
+    """Labelled rows of pictures and, beside them, the similarities of the pictures of a row: dots, and a bar at their mean.
+
+    similarities: for some of the rows, numbers of up to 1; marks: values to compare with, by name, as lines through all
+    rows. `width` is the printed width of a picture in inches.
+    """
+    columns = max(len(pictures) for pictures in rows.values())
+    figure, axes = plt.subplots(
+        len(rows),
+        2,
+        figsize=(columns * width + 3.4, len(rows) * width + 0.7),
+        width_ratios=(columns * width, 2.0),
+        sharex="col",
+        squeeze=False,
+        layout="constrained",
+    )
+    for (left, right), (label, pictures) in zip(axes, rows.items(), strict=True):
+        blank = np.full((columns - len(pictures), *pictures.shape[1:]), 255, np.uint8)
+        show_row(left, np.concatenate([pictures, blank]), label)
+        if label in similarities:
+            _dots_and_mean(right, similarities[label], marks)
+        else:
+            right.axis("off")
+    last = [right for (_, right), label in zip(axes, rows, strict=True) if label in similarities][-1]
+    last.spines["bottom"].set_visible(True)
+    last.tick_params(labelbottom=True, bottom=True, labelsize=8)
+    last.set_xlabel("similarity to the nearest\ntraining image", fontsize=8)
+    figure.legend(*last.get_legend_handles_labels(), loc="outside upper right", fontsize=8)
+    figure.suptitle(title)
+    return figure
+
+
+def _dots_and_mean(axes: Axes, values: np.ndarray, marks: dict[str, float]) -> None:
+    """Values as dots on one line, their mean as a bar with its number at the right, and dashed or dotted marks."""
+    axes.plot(values, np.zeros(len(values)), "o", color="0.6", markersize=3)
+    axes.plot([values.mean()], [0], "|", color="black", markersize=22, markeredgewidth=2)
+    axes.text(1.02, 0, f"{values.mean():.2f}", va="center", transform=axes.get_yaxis_transform())
+    for (name, value), style in zip(marks.items(), ("--", ":", "-."), strict=False):
+        axes.axvline(value, color="tab:blue", linestyle=style, linewidth=1, label=name)
+    axes.set(xlim=(-0.1, 1), ylim=(-1, 1), yticks=[])
+    axes.tick_params(labelbottom=False, bottom=False)
+    axes.spines[:].set_visible(False)
+
+
+def training_phases(phases: dict[str, pd.DataFrame], panels: dict[str, tuple[str, float, str]], window=5) -> Figure:
+    """Logged quantities over the pictures seen, one line per phase of a training.
+
+    phases: by name, each with the column `pictures` (all that were seen, earlier phases included) and the quantities.
+    panels: title -> (column, the number of pictures where the panel begins, scale of y), means over `window` rows. A dashed
+    line shows where a phase after the first begins.
+    """
+    figure, axes = plt.subplots(1, len(panels), figsize=(3.1 * len(panels), 2.5), squeeze=False, layout="constrained")
+    for axis, (title, (column, start, scale)) in zip(axes[0], panels.items(), strict=True):
+        for number, (name, log) in enumerate(phases.items()):
+            smooth = log[column].rolling(window, min_periods=1).mean()
+            late = log.pictures >= start
+            axis.plot(log.pictures[late] / 1e6, smooth[late], label=name, color=("0.45", "tab:blue")[number % 2])
+            if number:
+                axis.axvline(log.pictures.iloc[0] / 1e6, color="black", linestyle="--", linewidth=0.8)
+        axis.set(title=title, xlabel="million pictures seen", yscale=scale)
+    axes[0, 0].legend(fontsize=8)
+    return figure

@@ -270,3 +270,41 @@ def test_save_writes_a_readable_picture_per_name_and_profile(tmp_path, monkeypat
         assert np.asarray(image.convert("L")).std() > 1, "an empty picture"
     assert plots.save(figure, "table01", "mini") != path
     assert len(list((tmp_path / "figures").iterdir())) == 2
+
+
+def test_progress_rows_put_the_similarities_beside_their_pictures():
+    rows = {"training": tiles(3), "base": tiles(4, 1), "200 / image": tiles(4, 2)}
+    near = {"base": np.array([0.1, 0.2, 0.3, 0.0]), "200 / image": np.array([0.5, 0.7])}
+    figure = plots.progress_rows(rows, near, {"controls": 0.4, "loose": 0.54}, "a dog")
+    left, right = figure.axes[::2], figure.axes[1::2]
+    assert [axes.get_ylabel() for axes in left] == list(rows)
+    for axes, pictures in zip(left, rows.values(), strict=True):
+        assert np.array_equal(shown(axes)[:, :8], pictures[0])
+        assert shown(axes).shape[1] == 4 * 10
+    assert not right[0].axison
+    for axes, values in zip(right[1:], near.values(), strict=True):
+        dots, mean, *marks = axes.lines
+        np.testing.assert_array_equal(dots.get_xdata(), values)
+        assert mean.get_xdata()[0] == pytest.approx(values.mean())
+        assert [text.get_text() for text in axes.texts] == [f"{values.mean():.2f}"]
+        assert [(line.get_label(), line.get_xdata()[0]) for line in marks] == [("controls", 0.4), ("loose", 0.54)]
+    assert "similarity" in right[-1].get_xlabel()
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["controls", "loose"]
+
+
+def test_training_phases_share_one_axis_of_pictures_and_mark_where_the_next_begins():
+    first = pd.DataFrame({"pictures": np.arange(1, 11) * 100_000, "loss": np.linspace(1, 0.1, 10), "lr": 0.4})
+    second = pd.DataFrame({"pictures": 1_000_000 + np.arange(1, 6) * 200_000, "loss": 0.05, "lr": 0.2})
+    panels = {"all": ("loss", 0, "log"), "late": ("loss", 600_000, "linear"), "rate": ("lr", 0, "linear")}
+    figure = plots.training_phases({"batch 32": first, "batch 64": second}, panels, window=3)
+    assert [axes.get_title() for axes in figure.axes] == list(panels)
+    assert [axes.get_yscale() for axes in figure.axes] == ["log", "linear", "linear"]
+    for axes, (column, start, _) in zip(figure.axes, panels.values(), strict=True):
+        one, two, began = axes.lines
+        kept = first[first.pictures >= start]
+        np.testing.assert_allclose(one.get_xdata(), kept.pictures / 1e6)
+        np.testing.assert_allclose(one.get_ydata(), first[column].rolling(3, min_periods=1).mean()[kept.index])
+        np.testing.assert_allclose(two.get_xdata(), second.pictures / 1e6)
+        assert began.get_xdata()[0] == pytest.approx(1.2)
+        assert "million pictures" in axes.get_xlabel()
+    assert [text.get_text() for text in figure.axes[0].get_legend().get_texts()] == ["batch 32", "batch 64"]
