@@ -206,45 +206,38 @@ def progress_rows(
 ) -> Figure:
     """Labelled rows of pictures and, beside them, the similarities of the pictures of a row: dots, and a bar at their mean.
 
-    similarities: for some of the rows, numbers of up to 1; marks: values to compare with, by name, as lines through all
+    similarities: of neighbouring rows, numbers of up to 1; marks: values to compare with, by name, as lines through these
     rows. `width` is the printed width of a picture in inches.
     """
-    columns = max(len(pictures) for pictures in rows.values())
-    figure, axes = plt.subplots(
-        len(rows),
-        2,
-        figsize=(columns * width + 3.4, len(rows) * width + 0.7),
-        width_ratios=(columns * width, 2.0),
-        sharex="col",
-        squeeze=False,
-        layout="constrained",
-    )
-    for (left, right), (label, pictures) in zip(axes, rows.items(), strict=True):
+    columns, names = max(map(len, rows.values())), list(rows)
+    left, across, beside, under = 1.3, columns * width, 2.2, 0.6
+    wide, high = left + across + beside + 0.8, under + len(rows) * width + 0.4
+    figure = plt.figure(figsize=(wide, high))
+    bottom = {name: under + (len(rows) - 1 - place) * width for place, name in enumerate(names)}
+    for name, pictures in rows.items():
+        axes = figure.add_axes((left / wide, bottom[name] / high, across / wide, 0.94 * width / high))
         blank = np.full((columns - len(pictures), *pictures.shape[1:]), 255, np.uint8)
-        show_row(left, np.concatenate([pictures, blank]), label)
-        if label in similarities:
-            _dots_and_mean(right, similarities[label], marks)
-        else:
-            right.axis("off")
-    last = [right for (_, right), label in zip(axes, rows, strict=True) if label in similarities][-1]
-    last.spines["bottom"].set_visible(True)
-    last.tick_params(labelbottom=True, bottom=True, labelsize=8)
-    last.set_xlabel("similarity to the nearest\ntraining image", fontsize=8)
-    figure.legend(*last.get_legend_handles_labels(), loc="outside upper right", fontsize=8)
-    figure.suptitle(title)
+        show_row(axes, np.concatenate([pictures, blank]), name)
+    lowest, highest = bottom[list(similarities)[-1]], bottom[next(iter(similarities))] + width
+    span = ((left + across + 0.3) / wide, lowest / high, beside / wide, (highest - lowest) / high)
+    _dots_and_means(figure.add_axes(span), list(similarities.values()), marks)
+    figure.text((left + across / 2) / wide, 1 - 0.2 / high, title, ha="center", fontsize=10)
     return figure
 
 
-def _dots_and_mean(axes: Axes, values: np.ndarray, marks: dict[str, float]) -> None:
-    """Values as dots on one line, their mean as a bar with its number at the right, and dashed or dotted marks."""
-    axes.plot(values, np.zeros(len(values)), "o", color="0.6", markersize=3)
-    axes.plot([values.mean()], [0], "|", color="black", markersize=22, markeredgewidth=2)
-    axes.text(1.02, 0, f"{values.mean():.2f}", va="center", transform=axes.get_yaxis_transform())
+def _dots_and_means(axes: Axes, rows: list[np.ndarray], marks: dict[str, float]) -> None:
+    """Per row, from the top, values as dots, their mean as a bar with its number at the right; marks as broken lines."""
+    for place, values in enumerate(rows):
+        axes.plot(values, np.full(len(values), place), "o", color="0.65", markersize=3.5)
+        axes.plot([values.mean()], [place], "|", color="black", markersize=22, markeredgewidth=2)
+        axes.text(1.03, place, f"{values.mean():.2f}", va="center", transform=axes.get_yaxis_transform())
     for (name, value), style in zip(marks.items(), ("--", ":", "-."), strict=False):
-        axes.axvline(value, color="tab:blue", linestyle=style, linewidth=1, label=name)
-    axes.set(xlim=(-0.1, 1), ylim=(-1, 1), yticks=[])
-    axes.tick_params(labelbottom=False, bottom=False)
-    axes.spines[:].set_visible(False)
+        axes.axvline(value, color="tab:blue", linestyle=style, linewidth=1.2, label=name)
+    axes.set(
+        xlim=(-0.1, 1), ylim=(len(rows) - 0.5, -0.5), yticks=[], xlabel="similarity to the nearest\ntraining image"
+    )
+    axes.spines["left"].set_visible(False)
+    axes.legend(loc="lower left", bbox_to_anchor=(0, 1), borderpad=0, fontsize=8)
 
 
 def training_phases(phases: dict[str, pd.DataFrame], panels: dict[str, tuple[str, float, str]], window=5) -> Figure:

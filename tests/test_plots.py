@@ -273,23 +273,28 @@ def test_save_writes_a_readable_picture_per_name_and_profile(tmp_path, monkeypat
 
 
 def test_progress_rows_put_the_similarities_beside_their_pictures():
-    rows = {"training": tiles(3), "base": tiles(4, 1), "200 / image": tiles(4, 2)}
-    near = {"base": np.array([0.1, 0.2, 0.3, 0.0]), "200 / image": np.array([0.5, 0.7])}
-    figure = plots.progress_rows(rows, near, {"controls": 0.4, "loose": 0.54}, "a dog")
-    left, right = figure.axes[::2], figure.axes[1::2]
+    rows = {"training": tiles(3), "base": tiles(4, 1), "200 per image": tiles(4, 2), "nearest": tiles(4, 3)}
+    near = {"base": np.array([0.1, 0.2, 0.3, 0.0]), "200 per image": np.array([0.5, 0.7])}
+    marks = {"controls": 0.4, "loose": 0.54}
+    figure = plots.progress_rows(rows, near, marks, "a dog")
+    *left, right = figure.axes
     assert [axes.get_ylabel() for axes in left] == list(rows)
     for axes, pictures in zip(left, rows.values(), strict=True):
         assert np.array_equal(shown(axes)[:, :8], pictures[0])
         assert shown(axes).shape[1] == 4 * 10
-    assert not right[0].axison
-    for axes, values in zip(right[1:], near.values(), strict=True):
-        dots, mean, *marks = axes.lines
+    for place, (name, values) in enumerate(near.items()):
+        dots, mean = right.lines[2 * place : 2 * place + 2]
         np.testing.assert_array_equal(dots.get_xdata(), values)
         assert mean.get_xdata()[0] == pytest.approx(values.mean())
-        assert [text.get_text() for text in axes.texts] == [f"{values.mean():.2f}"]
-        assert [(line.get_label(), line.get_xdata()[0]) for line in marks] == [("controls", 0.4), ("loose", 0.54)]
-    assert "similarity" in right[-1].get_xlabel()
-    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["controls", "loose"]
+        assert right.texts[place].get_text() == f"{values.mean():.2f}"
+        # the dots stand at the height of their pictures
+        height = right.transData.transform((0, place))[1]
+        box = left[list(rows).index(name)].get_window_extent()
+        assert height == pytest.approx((box.y0 + box.y1) / 2, abs=0.05 * box.height)
+    assert {line.get_label(): line.get_xdata()[0] for line in right.lines[4:]} == marks
+    assert "similarity" in right.get_xlabel()
+    assert [text.get_text() for text in right.get_legend().get_texts()] == list(marks)
+    assert "a dog" in [text.get_text() for text in figure.texts]
 
 
 def test_training_phases_share_one_axis_of_pictures_and_mark_where_the_next_begins():
