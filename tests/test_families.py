@@ -1,14 +1,21 @@
 """Every family: loaded from its published layout, encoded, sampled and decoded as the libraries' own classes do it."""
 
 import copy
+import inspect
 import os
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import supported
 import tiny
 import torch
-from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers import (
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    StableDiffusion3Pipeline,
+)
 from diffusers.pipelines.deprecated.alt_diffusion import RobertaSeriesModelWithTransformation
 from diffusers.pipelines.deprecated.alt_diffusion.modeling_roberta_series import RobertaSeriesConfig
 
@@ -156,6 +163,21 @@ def test_sdxl_gets_zeros_for_no_caption_and_pooled_text_and_sizes_beside_it(pipe
 def test_a_caption_that_does_not_fit_is_refused(pipelines, family):
     with pytest.raises(ValueError, match="tokens, the text encoder reads at most 16: shorten it"):
         families.encode(pipelines[family], "dog " * 30)
+
+
+def test_the_third_text_encoder_of_stable_diffusion_3_reads_256_tokens_whatever_its_tokenizer_would():
+    """T5's tokenizers allow 512 and more; the pipeline cuts at max_sequence_length, 256 by default."""
+
+    def tokenizer(caption):
+        return SimpleNamespace(input_ids=caption.split())
+
+    tokenizer.model_max_length = 512
+    pipeline = SimpleNamespace(tokenizer_3=tokenizer)
+    families.check_caption(pipeline, "dog " * 256)
+    with pytest.raises(ValueError, match="has 257 tokens, the text encoder reads at most 256"):
+        families.check_caption(pipeline, "dog " * 257)
+    default = inspect.signature(StableDiffusion3Pipeline.encode_prompt).parameters["max_sequence_length"].default
+    assert default == 256
 
 
 @pytest.mark.parametrize("family", ["sd1", "sdxl", "sd3"])

@@ -3,6 +3,9 @@
 The shipped datasets are not in the pretraining corpus, so they are held-out pictures for all four models.
 """
 
+import re
+
+import nbformat
 import numpy as np
 import pytest
 import torch
@@ -16,7 +19,7 @@ from fx.datasets import SETS, SPLITS, load_images, load_item, names, to_uint8
 from fx.families import decode, make_scheduler
 from fx.mini import clip, sscd, vae
 from fx.models import ModelPair, load_pipeline
-from fx.paths import MODELS
+from fx.paths import MODELS, NOTEBOOKS
 from fx.similarity import copy_thresholds, describe, load_descriptor, similarity_matrix
 
 
@@ -133,6 +136,15 @@ def test_of_the_pairs_between_items_no_more_than_one_in_ten_thousand_is_above_th
     """Fewer may be: among the pictures that the threshold was set on, some of different titles are alike in truth."""
     pairs, (_, strict) = between_items["both"], copy_thresholds("mini-sscd")
     assert stats.binom.sf((pairs > strict).sum() - 1, len(pairs), 1e-4) > 1e-3
+
+
+def test_the_thresholds_are_those_that_notebook_00_measured():
+    """On millions of pairs of the corpus, which is not shipped: as its committed output says."""
+    (notebook,) = NOTEBOOKS.glob("00-*.ipynb")
+    outputs = [output for cell in nbformat.read(notebook, 4).cells for output in cell.get("outputs", [])]
+    printed = "".join(output.get("text", "") for output in outputs)
+    (measured,) = re.findall(r"unrelated pairs: loose (\d\.\d+), strict (\d\.\d+)", printed)
+    assert copy_thresholds("mini-sscd") == pytest.approx([float(number) for number in measured], abs=5e-4)
 
 
 def test_what_is_a_copy_beyond_doubt_is_above_the_strict_threshold(pictures):
