@@ -153,8 +153,8 @@ def test_threshold_is_inclusive_in_millionths():
 def test_of_two_roundings_of_one_similarity_the_higher_counts_wherever_it_stands():
     similarity = symmetric(3, [0.3, 0.1, 0.2])
     similarity[0, 1] = 0.299999  # as a product of matrices may leave it
-    for one in (similarity, similarity.T):
-        assert partition(one, 0.3) == [(0, 1), (2,)]
+    for matrix in (similarity, similarity.T):
+        assert partition(matrix, 0.3) == [(0, 1), (2,)]
 
 
 def test_at_most_gives_the_beginning_of_the_partition():
