@@ -195,3 +195,43 @@ def save(figure: Figure, name: str, profile: str) -> Path:
     path = FIGURES / f"{name}-{profile}.png"
     figure.savefig(path)
     return path
+
+
+LABELS = ARM_LABELS | {
+    "style": "artists",
+    "object": "objects",
+    "dreambooth": "DreamBooth",
+    "lora": "LoRA",
+    "A-ESR_strict": r"A-ESR, strict $\tau$",
+    "A-ESR_loose": r"A-ESR, loose $\tau$",
+}
+
+
+def forest_panels(differences: pd.DataFrame, by: list[str], panel: str = "score", xlabel: str = "difference") -> Figure:
+    """Forest plots side by side: the rows of tables.paired_difference with their 95% intervals, a panel per score.
+
+    by: the columns that name a row; every value of the column `panel` has the same rows, else ValueError. A marker is
+    filled where the interval excludes 0, hollow where it does not or where there is none (a single item).
+    """
+    panels = {name: rows.reset_index() for name, rows in differences.groupby(panel, sort=False)}
+    named = [rows[by].to_numpy().tolist() for rows in panels.values()]
+    if any(names != named[0] for names in named):
+        raise ValueError(
+            f"the panels {', '.join(map(str, panels))} do not have the same rows, named by {', '.join(by)}"
+        )
+    labels = [" · ".join(LABELS.get(word, str(word)) for word in names) for names in named[0]]
+    figure, axes = plt.subplots(
+        1, len(panels), figsize=(2.3 * len(panels) + 1.5, 0.23 * len(labels) + 0.8), sharey=True, squeeze=False
+    )
+    for axis, (name, rows) in zip(axes[0], panels.items(), strict=True):
+        axis.axvline(0, color="0.7", linewidth=1)
+        axis.hlines(rows.index, rows.low, rows.high, color="black", linewidth=1)
+        filled = (rows.low > 0) | (rows.high < 0)
+        axis.scatter(
+            rows.difference, rows.index, s=22, color=np.where(filled, "black", "white"), edgecolor="black", zorder=3
+        )
+        axis.set(title=LABELS.get(name, str(name)), xlabel=xlabel)
+        axis.locator_params(axis="x", nbins=4)
+    axes[0, 0].set(yticks=range(len(labels)), yticklabels=labels)
+    axes[0, 0].invert_yaxis()
+    return figure
