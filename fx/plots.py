@@ -171,31 +171,6 @@ def paired_differences(
     return figure
 
 
-def forest(differences: pd.DataFrame, labels: list[str], xlabel: str = "AS", panels: list[str] | None = None) -> Figure:
-    """A forest plot of a table of tables.paired_difference: a row per comparison, its mean and its 95% interval.
-
-    Filled where the interval excludes 0, hollow where it does not or where there is none. labels: one per row of the table;
-    panels: the title of the panel that each belongs to, for several side by side that share the labels.
-    """
-    panels = panels or [""] * len(labels)
-    titles, places = list(dict.fromkeys(panels)), list(dict.fromkeys(labels))
-    figure, axes = plt.subplots(
-        1, len(titles), figsize=(2.2 + 3.2 * len(titles), 0.2 * len(places) + 0.8), sharey=True, squeeze=False
-    )
-    for axis, title in zip(axes[0], titles, strict=True):
-        axis.axvline(0, color="0.7", linewidth=1)
-        axis.set(title=title, xlabel=xlabel)
-    for row, label, panel in zip(differences.itertuples(), labels, panels, strict=True):
-        axis, place, known = axes[0, titles.index(panel)], places.index(label), not np.isnan(row.low)
-        if known:
-            axis.plot([row.low, row.high], [place, place], color="black", linewidth=1)
-        filled = known and (row.low > 0 or row.high < 0)
-        axis.plot(row.difference, place, "o", color="black", fillstyle="full" if filled else "none", markersize=5)
-    axes[0, 0].set(yticks=range(len(places)), yticklabels=places)
-    axes[0, 0].invert_yaxis()
-    return figure
-
-
 def success_curves(matches: pd.DataFrame, loose: float, strict: float, block: str = "block") -> Figure:
     """Share of images whose best match lies above tau, over tau: training images solid, controls dashed, by arm.
 
@@ -279,3 +254,45 @@ def save(figure: Figure, name: str, profile: str) -> Path:
     path = FIGURES / f"{name}-{profile}.png"
     figure.savefig(path)
     return path
+
+
+LABELS = ARM_LABELS | {
+    "style": "artists",
+    "object": "objects",
+    "dreambooth": "DreamBooth",
+    "lora": "LoRA",
+    "A-ESR_strict": r"A-ESR, strict $\tau$",
+    "A-ESR_loose": r"A-ESR, loose $\tau$",
+    "AS_one_to_one": "AS, one to one",
+    "A-ESR_strict_one_to_one": r"A-ESR, strict $\tau$, one to one",
+}
+
+
+def forest(differences: pd.DataFrame, by: list[str], panel: str = "score", xlabel: str = "difference") -> Figure:
+    """Forest plots side by side: the rows of tables.paired_difference with their 95% intervals, a panel per score.
+
+    by: the columns that name a row; every value of the column `panel` has the same rows, else ValueError. A marker is
+    filled where the interval excludes 0, hollow where it does not or where there is none (a single item).
+    """
+    panels = {name: rows.reset_index() for name, rows in differences.groupby(panel, sort=False)}
+    named = [rows[by].to_numpy().tolist() for rows in panels.values()]
+    if any(names != named[0] for names in named):
+        raise ValueError(
+            f"the panels {', '.join(map(str, panels))} do not have the same rows, named by {', '.join(by)}"
+        )
+    labels = [" · ".join(LABELS.get(word, str(word)) for word in names) for names in named[0]]
+    figure, axes = plt.subplots(
+        1, len(panels), figsize=(2.3 * len(panels) + 1.5, 0.23 * len(labels) + 0.8), sharey=True, squeeze=False
+    )
+    for axis, (name, rows) in zip(axes[0], panels.items(), strict=True):
+        axis.axvline(0, color="0.7", linewidth=1)
+        axis.hlines(rows.index, rows.low, rows.high, color="black", linewidth=1)
+        filled = (rows.low > 0) | (rows.high < 0)
+        axis.scatter(
+            rows.difference, rows.index, s=22, color=np.where(filled, "black", "white"), edgecolor="black", zorder=3
+        )
+        axis.set(title=LABELS.get(name, str(name)), xlabel=xlabel)
+        axis.locator_params(axis="x", nbins=4)
+    axes[0, 0].set(yticks=range(len(labels)), yticklabels=labels)
+    axes[0, 0].invert_yaxis()
+    return figure
