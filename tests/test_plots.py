@@ -13,6 +13,7 @@ from matplotlib import pyplot as plt
 from matplotlib.colors import to_rgb
 from matplotlib.patches import FancyArrowPatch
 from PIL import Image
+from scipy import stats
 
 from fx import clique_plots, plots
 from fx.metrics import mean_interval
@@ -147,6 +148,16 @@ def means(axes) -> dict[str, list[float]]:
     return {to_rgb(line.get_color()): list(line.get_ydata()) for line in lines}
 
 
+def t_interval(values: pd.Series) -> tuple[float, float]:
+    """Student's interval of the mean, 95%."""
+    reach = stats.t.isf(0.025, len(values) - 1) * values.std() / len(values) ** 0.5
+    return values.mean() - reach, values.mean() + reach
+
+
+def interval_of(heights: np.ndarray) -> tuple[float, float]:
+    return np.nanmin(heights), np.nanmax(heights)
+
+
 def test_scores_by_arm_shows_means_points_and_intervals_of_every_arm():
     rows = scored()
     (axes,) = plots.scores_by_arm(rows).axes
@@ -162,9 +173,11 @@ def test_scores_by_arm_shows_means_points_and_intervals_of_every_arm():
     assert axes.get_ylabel() == "AS"
     bars = [line for line in axes.lines if len(line.get_ydata()) > 2]
     assert len(bars) == 6, "an interval for each arm in each block"
-    for bar in bars:
-        middle = np.nanmean(bar.get_ydata())
-        assert min(abs(middle - mean) for pair in drawn.values() for mean in pair) < 0.02
+    ends = {(to_rgb(bar.get_color()), round(np.nanmean(bar.get_xdata()))): interval_of(bar.get_ydata()) for bar in bars}
+    for arm in ("direct", "cfg", "finextract"):
+        for place, block in enumerate(("style", "object")):
+            expected = t_interval(rows[(rows.block == block) & (rows.arm == arm)].AS)
+            assert ends[to_rgb(plots.ARM_COLOURS[arm]), place] == pytest.approx(expected)
 
 
 def test_scores_by_arm_takes_other_scores_and_leaves_out_arms_that_were_not_run():
@@ -198,7 +211,13 @@ def test_score_curves_has_a_panel_per_method_a_line_per_guided_arm_and_direct_as
             assert list(line.get_xdata()) == [1.5, 3.0]
             assert list(line.get_ydata()) == pytest.approx([heights[arm, w] + lower for w in (1.5, 3.0)])
         assert list(drawn[to_rgb(plots.ARM_COLOURS["direct"])].get_ydata()) == pytest.approx([0.1 + lower] * 2)
-        assert len(axes.collections) == 2, "an interval for each guided arm"
+        bands = {to_rgb(band.get_facecolor()[0]): band.get_paths()[0].vertices for band in axes.collections}
+        assert len(bands) == 2, "an interval for each guided arm"
+        for arm, w in heights:
+            if arm != "direct":
+                corners = bands[to_rgb(plots.ARM_COLOURS[arm])]
+                found = interval_of(corners[corners[:, 0] == w, 1])
+                assert found == pytest.approx(t_interval(heights[arm, w] + lower + pd.Series([-0.02, 0.02])))
         assert axes.get_xlabel() == "guidance scale"
     assert [text.get_text() for text in axes.get_legend().get_texts()] == ["CFG", "FineXtract", "direct"]
     assert figure.axes[0].get_legend() is None
