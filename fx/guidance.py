@@ -1,4 +1,7 @@
-"""Model guidance and its relatives as pure functions of predictions (Sec. 4.1, 4.2, App. H).
+"""Model guidance as pure functions of predictions (Sec. 4.1, 4.2, App. H).
+
+There is one formula, Eq. 13, and the sampler calls it for every arm that is guided; an arm is which two predictions enter
+(`fx.sampling.ARMS`). Without its correction, k = 0, it is Eq. 6 on these two.
 
 A prediction is what a diffusion network returns for (x_t, t): a tensor [n, c, h, w] in one of four parametrisations,
 named as diffusers names them. With x_t = alpha x0 + sigma eps they stand for
@@ -20,24 +23,13 @@ from torch import Tensor
 PARAMETRISATIONS = ("epsilon", "sample", "v_prediction", "flow_prediction")
 
 
-def extrapolate(start: Tensor, end: Tensor, scale: float) -> Tensor:
-    """start + scale * (end - start): at scale 1 `end` itself, above 1 beyond it."""
-    return start + scale * (end - start)
-
-
 def model_guidance(base: Tensor, tuned: Tensor, w: float) -> Tensor:
-    """Eq. 6, no caption: eps_theta' + (w - 1)(eps_theta' - eps_theta), both predictions unconditional."""
-    return extrapolate(base, tuned, w)
+    """Eq. 6: eps_theta' + (w - 1)(eps_theta' - eps_theta), at w = 1 the second prediction, above it beyond.
 
-
-def classifier_free_guidance(unconditional: Tensor, conditional: Tensor, w: float) -> Tensor:
-    """Eq. 8 within one model: eps(c) + (w' - 1)(eps(c) - eps). Diffusers' `guidance_scale` is the same w'."""
-    return extrapolate(unconditional, conditional, w)
-
-
-def conditional_only(base_conditional: Tensor, tuned_conditional: Tensor, w: float) -> Tensor:
-    """App. H: Eq. 6 with both models given the caption."""
-    return extrapolate(base_conditional, tuned_conditional, w)
+    Both predictions unconditional. On two others it is Eq. 8, classifier-free guidance (theta' without and with the
+    caption; w is diffusers' `guidance_scale`), and conditional-only guidance of App. H (theta and theta' with it).
+    """
+    return base + w * (tuned - base)
 
 
 def finextract(
@@ -56,7 +48,7 @@ def finextract(
     only a correction (k != 0) of another type than epsilon needs them. Raises ValueError for an unknown type, without
     the point where it is needed, and at alpha = 0, where eps is x itself and the term has no finite equivalent.
     """
-    guided = extrapolate(base_unconditional, tuned_conditional, w)
+    guided = model_guidance(base_unconditional, tuned_conditional, w)
     if _is_zero(k):
         check_type(prediction_type)
         return guided

@@ -150,6 +150,13 @@ def test_threshold_is_inclusive_in_millionths():
     assert sorted(partition(similarity, 0.300001)) == [(0,), (1,), (2,)]
 
 
+def test_of_two_roundings_of_one_similarity_the_higher_counts_wherever_it_stands():
+    similarity = symmetric(3, [0.3, 0.1, 0.2])
+    similarity[0, 1] = 0.299999  # as a product of matrices may leave it
+    for matrix in (similarity, similarity.T):
+        assert partition(matrix, 0.3) == [(0, 1), (2,)]
+
+
 def test_at_most_gives_the_beginning_of_the_partition():
     similarity, _ = clustered(40, 5)
     assert partition(similarity, 0.3, at_most=3) == partition(similarity, 0.3)[:3]
@@ -372,6 +379,11 @@ def test_interval_of_the_number_of_training_images_follows_the_groups_at_the_lim
     assert 18 - low == pytest.approx(high - 18)
     narrow = estimate_n_training(blocks(*[(size, 0.9) for size in sizes]), 0.8, draws=2000, level=0.5)
     assert (narrow[2] - 18) / (high - 18) == pytest.approx(0.6745 / 1.96, rel=1e-3)
+    draw = np.random.default_rng(2)
+    two = [(np.bincount(labels[draw.choice(n, n // 2, replace=False)]) >= 3).sum() for _ in range(2)]
+    few = estimate_n_training(blocks(*[(size, 0.9) for size in sizes]), 0.8, draws=2, seed=2)
+    assert few[2] - 18 == pytest.approx(1.96 * abs(two[0] - two[1]) / 2**0.5, rel=1e-3)
+    assert two[0] != two[1]
     with pytest.raises(ValueError, match="at least 6 generated images; there are 4"):
         estimate_n_training(np.eye(4), 0.8)
     for options, message in (

@@ -1,6 +1,7 @@
 """Items: the shipped sets as they lie on disk, and folders of whatever images a person has."""
 
 import hashlib
+import json
 import warnings
 from collections import Counter
 
@@ -90,6 +91,14 @@ def test_splits_are_disjoint_and_together_the_set(dataset):
     reported, development = (datasets.names(dataset, split) for split in datasets.SPLITS)
     assert not set(reported) & set(development)
     assert {*reported, *development} == {f"{dataset}/{slug}" for slug in datasets.shipped(dataset)}
+
+
+@pytest.mark.parametrize("dataset", datasets.SETS)
+def test_names_come_in_the_order_of_the_index(dataset):
+    index = json.loads((DATASETS / dataset / "items.json").read_text("utf-8"))
+    for split in datasets.SPLITS:
+        expected = [f"{dataset}/{slug}" for slug, item in index.items() if item["split"] == split]
+        assert datasets.names(dataset, split) == expected
 
 
 def test_names_come_in_a_fixed_order_and_up_to_a_limit():
@@ -199,6 +208,12 @@ def test_the_square_is_the_middle_of_the_image(tmp_path, upright):
     difference = (datasets.load_images((path,), 10) - torch.tensor([-1.0, 1.0, -1.0])[:, None, None]).abs()
     assert difference[..., 2:-2, 2:-2].max() < 0.01
     assert difference.max() < 0.2  # resampling looks a little beyond the edge
+
+
+def test_what_is_made_smaller_is_averaged_and_not_picked_from(tmp_path):
+    board = np.repeat((255 * (np.indices((64, 64)).sum(axis=0) % 2))[..., None], 3, axis=2).astype(np.uint8)
+    path = saved(tmp_path, "a.png", Image.fromarray(board))
+    assert datasets.load_images((path,), 16).abs().max() < 0.05
 
 
 def test_a_text_file_named_jpg_is_refused_by_name(picture_folder, tmp_path):

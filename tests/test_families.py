@@ -1,12 +1,21 @@
 """Every family: loaded from its published layout, encoded, sampled and decoded as the libraries' own classes do it."""
 
+import copy
+import inspect
 import os
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import supported
 import tiny
 import torch
-from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers import (
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    StableDiffusion3Pipeline,
+)
 from diffusers.pipelines.deprecated.alt_diffusion import RobertaSeriesModelWithTransformation
 from diffusers.pipelines.deprecated.alt_diffusion.modeling_roberta_series import RobertaSeriesConfig
 
@@ -77,8 +86,49 @@ def test_without_fine_tuning_model_guidance_is_the_direct_sample_at_every_scale(
         plain = sampling.sample(pair, prompt, arm="direct", w=1.0, **options)
         for w in (0.0, 3.0, 20.0):
             found = sampling.sample(pair, CAPTION, arm=arm, w=w, **options)
-            if prompt or family != "sdxl":  # SDXL's unconditional input is zeros, not the empty caption's encoding
-                assert (found == plain).all()
+            assert (found == plain).all()
+
+
+def without_caption(family: str, pipeline) -> dict:
+    """What the network of a family is given for two images without a caption, by the pipeline's own encoding.
+
+    Of SDXL zeros, as force_zeros_for_empty_prompt says, and the sizes of original, corner and target.
+    """
+    if family == "sdxl":
+        added = {"text_embeds": torch.zeros(2, 32), "time_ids": torch.tensor([[16.0, 16, 0, 0, 16, 16]] * 2)}
+        return {"encoder_hidden_states": torch.zeros(2, 16, 64), "added_cond_kwargs": added}
+    if family == "sd3":
+        text, _, pooled, _ = pipeline.encode_prompt(["", ""], None, None, do_classifier_free_guidance=False)
+        return {"encoder_hidden_states": text, "pooled_projections": pooled}
+    return {"encoder_hidden_states": pipeline.encode_prompt(["", ""], "cpu", 1, False)[0]}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_model_guidance_walks_along_eq_6_of_the_two_networks_without_a_caption(pipelines, family):
+    """Once more with the networks themselves, the stock scheduler and Eq. 6 as it is printed."""
+    base, w = pipelines[family], 3.0
+    tuned, part = copy.copy(base), families.network_name(base)
+    moved = copy.deepcopy(families.network(base))
+    generator = torch.Generator().manual_seed(1)
+    for parameter in moved.parameters():
+        parameter += 0.05 * torch.randn(parameter.shape, generator=generator)
+    setattr(tuned, part, moved)
+    sampler, scheduler = next(iter(schedulers(base).items()))
+    start = sampling.starting_latents(SHAPE, 7, range(2))
+    given, x = without_caption(family, base), start
+    scheduler.set_timesteps(STEPS)
+    for t in scheduler.timesteps:
+        time = {"timestep": t.expand(2)}
+        theta, theta_prime = (network(x, **time, **given).sample for network in (families.network(base), moved))
+        x = scheduler.step(theta_prime + (w - 1) * (theta_prime - theta), t, x).prev_sample
+    found = sampling.sample(
+        models.ModelPair(base, tuned), CAPTION, 2, "model_guidance", w, steps=STEPS, seed=7, sampler=sampler
+    )
+    expected = families.decode(base, x).permute(0, 2, 3, 1).numpy().clip(-1, 1) * 127.5 + 127.5
+    assert np.abs(found - expected).max() <= 0.5 + 0.1
+    direct = sampling.sample(models.ModelPair(base, tuned), "", 2, "direct", 1.0, steps=STEPS, seed=7, sampler=sampler)
+    assert np.abs(found.astype(int) - direct).max() > 5, "the guidance shows"
 
 
 @pytest.mark.parametrize("pre", [False, True])
@@ -113,6 +163,21 @@ def test_sdxl_gets_zeros_for_no_caption_and_pooled_text_and_sizes_beside_it(pipe
 def test_a_caption_that_does_not_fit_is_refused(pipelines, family):
     with pytest.raises(ValueError, match="tokens, the text encoder reads at most 16: shorten it"):
         families.encode(pipelines[family], "dog " * 30)
+
+
+def test_the_third_text_encoder_of_stable_diffusion_3_reads_256_tokens_whatever_its_tokenizer_would():
+    """T5's tokenizers allow 512 and more; the pipeline cuts at max_sequence_length, 256 by default."""
+
+    def tokenizer(caption):
+        return SimpleNamespace(input_ids=caption.split())
+
+    tokenizer.model_max_length = 512
+    pipeline = SimpleNamespace(tokenizer_3=tokenizer)
+    families.check_caption(pipeline, "dog " * 256)
+    with pytest.raises(ValueError, match="has 257 tokens, the text encoder reads at most 256"):
+        families.check_caption(pipeline, "dog " * 257)
+    default = inspect.signature(StableDiffusion3Pipeline.encode_prompt).parameters["max_sequence_length"].default
+    assert default == 256
 
 
 @pytest.mark.parametrize("family", ["sd1", "sdxl", "sd3"])

@@ -11,13 +11,7 @@ from fx import guidance
 
 predictions = hnp.arrays(np.float64, (2, 3, 2, 2), elements=st.floats(-10, 10)).map(torch.from_numpy)
 scales = st.floats(-5, 20)
-ALL = (
-    guidance.extrapolate,
-    guidance.model_guidance,
-    guidance.classifier_free_guidance,
-    guidance.finextract,
-    guidance.conditional_only,
-)
+BOTH = (guidance.model_guidance, guidance.finextract)
 
 
 def close(a: torch.Tensor, b: torch.Tensor) -> bool:
@@ -32,15 +26,8 @@ def test_eq_6_as_printed(base, tuned, w):
 
 @settings(max_examples=40)
 @given(predictions, predictions, scales)
-def test_conditional_only_is_eq_6_for_two_conditional_predictions(base, tuned, w):
-    assert close(guidance.conditional_only(base, tuned, w), tuned + (w - 1) * (tuned - base))
-
-
-@settings(max_examples=40)
-@given(predictions, predictions, scales)
-def test_eq_8_as_printed_is_the_formula_of_diffusers(unconditional, conditional, w):
-    found = guidance.classifier_free_guidance(unconditional, conditional, w)
-    assert close(found, conditional + (w - 1) * (conditional - unconditional))
+def test_eq_8_is_eq_6_within_one_model_and_the_formula_of_diffusers(unconditional, conditional, w):
+    found = guidance.model_guidance(unconditional, conditional, w)
     assert close(found, unconditional + w * (conditional - unconditional))  # StableDiffusionPipeline.__call__
 
 
@@ -62,7 +49,7 @@ def test_eq_13_solves_eq_12(base, searched, weight, conditional_weight):
 @settings(max_examples=40)
 @given(predictions, predictions)
 def test_scale_1_is_the_second_prediction_and_scale_0_the_first(first, second):
-    for combine in ALL:
+    for combine in BOTH:
         assert close(combine(first, second, 1.0), second)
         assert close(combine(first, second, 0.0), first)
 
@@ -70,7 +57,7 @@ def test_scale_1_is_the_second_prediction_and_scale_0_the_first(first, second):
 @settings(max_examples=40)
 @given(predictions, scales)
 def test_equal_predictions_are_left_alone_at_every_scale(prediction, w):
-    for combine in ALL:
+    for combine in BOTH:
         assert torch.equal(combine(prediction, prediction, w), prediction)
 
 
@@ -80,7 +67,7 @@ def test_affine_maps_commute_with_guidance_but_for_the_correction_term(first, se
     def mapped(x):
         return slope * x + shift
 
-    for combine in ALL:
+    for combine in BOTH:
         assert close(combine(mapped(first), mapped(second), w), mapped(combine(first, second, w)))
     k = -0.02
     corrected = guidance.finextract(mapped(first), mapped(second), w, k)
@@ -131,10 +118,8 @@ def test_eq_13_on_any_type_is_eq_13_on_eps(kind, alpha, sigma, k):
     found = guidance.finextract(*predictions, 3.0, k, kind, x, alpha, sigma)
     eps = second + 2 * (second - first) + k * first
     assert close(guidance.to_epsilon(found, kind, x, alpha, sigma), eps)
-    for combine in (guidance.model_guidance, guidance.classifier_free_guidance, guidance.conditional_only):
-        assert close(
-            guidance.to_epsilon(combine(*predictions, 3.0), kind, x, alpha, sigma), second + 2 * (second - first)
-        )
+    found = guidance.model_guidance(*predictions, 3.0)
+    assert close(guidance.to_epsilon(found, kind, x, alpha, sigma), second + 2 * (second - first))
 
 
 @pytest.mark.parametrize(("kind", "alpha", "sigma"), CASES)

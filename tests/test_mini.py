@@ -686,6 +686,61 @@ def test_fetch_says_which_command_failed(tmp_path, monkeypatch):
         corpus.fetch(tmp_path / "sources")
 
 
+def test_halved_pictures_are_those_pictures_at_half_the_size_in_their_order():
+    rows, columns = np.mgrid[0:128, 0:128]
+    ramp = np.stack([rows, columns, 255 - rows], axis=2).astype(np.uint8)
+    board = np.repeat((255 * ((rows + columns) % 2))[..., None], 3, axis=2).astype(np.uint8)
+    halved = corpus.halve(np.stack([ramp, board]))
+    assert (halved.shape, halved.dtype) == ((2, 64, 64, 3), np.uint8)
+    means = ramp.reshape(64, 2, 64, 2, 3).mean((1, 3))
+    inside = slice(3, -3)
+    assert np.abs(halved[0] - means)[inside, inside].max() <= 1
+    assert np.abs(halved[1].astype(int) - 127).max() <= 4, "every other pixel is no answer"
+
+
+@pytest.mark.parametrize(("n", "size", "out"), [(1000, 200, 200), (1000, 512, 250), (7, 512, 1)])
+def test_held_out_pictures_are_the_same_ever_after_and_no_more_than_a_quarter(n, size, out):
+    learned, unseen = corpus.held_out(n, size)
+    assert len(unseen) == out
+    assert sorted([*learned, *unseen]) == list(range(n)), "each picture is in one of the two"
+    assert learned.tolist() == sorted(learned)
+    assert unseen.tolist() != sorted(unseen) or out == 1, "drawn, not cut off"
+    again = corpus.held_out(n, size)
+    assert (again[0].tolist(), again[1].tolist()) == (learned.tolist(), unseen.tolist())
+
+
+def test_the_shipped_datasets_stand_in_for_the_corpus():
+    rows, seen = corpus.shipped()
+    assert (seen.shape, seen.dtype) == ((len(rows), 128, 128, 3), np.uint8)
+    listed = [
+        (folder, image)
+        for folder in datasets.SETS
+        for item in datasets.shipped(folder).values()
+        for role in datasets.ROLES
+        for image in item[role]
+    ]
+    assert list(zip(rows.folder, rows.file, strict=True)) == [(folder, image["file"]) for folder, image in listed]
+    assert rows.title.tolist() == [image["title"] for _, image in listed]
+    for number in (0, 300, len(rows) - 1):
+        path = datasets.DATASETS / rows.folder[number] / rows.file[number]
+        assert np.array_equal(seen[number], np.asarray(datasets.open_image(path)))
+    assert all(corpus.captions(row) for _, row in rows[::50].iterrows())
+
+
+def test_the_corpus_is_fetched_and_rendered_once_and_read_as_it_was_written(tmp_path, monkeypatch):
+    calls = []
+    rows = pd.DataFrame({"title": ["null", "", "NA"], "file": ["a", "b", "c"]})
+    drawn = np.arange(3 * 12, dtype=np.uint8).reshape(3, 2, 2, 3)
+    monkeypatch.setattr(corpus, "fetch", lambda sources: calls.append(sources))
+    monkeypatch.setattr(corpus, "catalogue", lambda sources: rows)
+    monkeypatch.setattr(corpus, "render_all", lambda given, sources: (given, drawn))
+    for _ in range(2):
+        found, seen = corpus.build(tmp_path / "corpus", tmp_path / "sources")
+        assert found.title.tolist() == ["null", "", "NA"], "a title is a text, whatever it says"
+        assert np.array_equal(seen, drawn)
+    assert calls == [tmp_path / "sources"]
+
+
 # Items
 
 

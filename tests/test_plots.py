@@ -1,4 +1,6 @@
-"""fx.plots: what each figure holds, read back from the figure itself."""
+"""fx.plots and fx.clique_plots: what each figure holds, read back from the figure itself."""
+
+import itertools
 
 import matplotlib as mpl
 
@@ -11,8 +13,10 @@ from matplotlib import pyplot as plt
 from matplotlib.colors import to_rgb
 from matplotlib.patches import FancyArrowPatch
 from PIL import Image
+from scipy import stats
 
-from fx import plots
+from fx import clique_plots, plots
+from fx.metrics import mean_interval
 from fx.paths import COMPLETE
 from fx.sampling import ARMS
 
@@ -144,6 +148,16 @@ def means(axes) -> dict[str, list[float]]:
     return {to_rgb(line.get_color()): list(line.get_ydata()) for line in lines}
 
 
+def t_interval(values: pd.Series) -> tuple[float, float]:
+    """Student's interval of the mean, 95%."""
+    reach = stats.t.isf(0.025, len(values) - 1) * values.std() / len(values) ** 0.5
+    return values.mean() - reach, values.mean() + reach
+
+
+def interval_of(heights: np.ndarray) -> tuple[float, float]:
+    return np.nanmin(heights), np.nanmax(heights)
+
+
 def test_scores_by_arm_shows_means_points_and_intervals_of_every_arm():
     rows = scored()
     (axes,) = plots.scores_by_arm(rows).axes
@@ -159,9 +173,11 @@ def test_scores_by_arm_shows_means_points_and_intervals_of_every_arm():
     assert axes.get_ylabel() == "AS"
     bars = [line for line in axes.lines if len(line.get_ydata()) > 2]
     assert len(bars) == 6, "an interval for each arm in each block"
-    for bar in bars:
-        middle = np.nanmean(bar.get_ydata())
-        assert min(abs(middle - mean) for pair in drawn.values() for mean in pair) < 0.02
+    ends = {(to_rgb(bar.get_color()), round(np.nanmean(bar.get_xdata()))): interval_of(bar.get_ydata()) for bar in bars}
+    for arm in ("direct", "cfg", "finextract"):
+        for place, block in enumerate(("style", "object")):
+            expected = t_interval(rows[(rows.block == block) & (rows.arm == arm)].AS)
+            assert ends[to_rgb(plots.ARM_COLOURS[arm]), place] == pytest.approx(expected)
 
 
 def test_scores_by_arm_takes_other_scores_and_leaves_out_arms_that_were_not_run():
@@ -195,7 +211,13 @@ def test_score_curves_has_a_panel_per_method_a_line_per_guided_arm_and_direct_as
             assert list(line.get_xdata()) == [1.5, 3.0]
             assert list(line.get_ydata()) == pytest.approx([heights[arm, w] + lower for w in (1.5, 3.0)])
         assert list(drawn[to_rgb(plots.ARM_COLOURS["direct"])].get_ydata()) == pytest.approx([0.1 + lower] * 2)
-        assert len(axes.collections) == 2, "an interval for each guided arm"
+        bands = {to_rgb(band.get_facecolor()[0]): band.get_paths()[0].vertices for band in axes.collections}
+        assert len(bands) == 2, "an interval for each guided arm"
+        for arm, w in heights:
+            if arm != "direct":
+                corners = bands[to_rgb(plots.ARM_COLOURS[arm])]
+                found = interval_of(corners[corners[:, 0] == w, 1])
+                assert found == pytest.approx(t_interval(heights[arm, w] + lower + pd.Series([-0.02, 0.02])))
         assert axes.get_xlabel() == "guidance scale"
     assert [text.get_text() for text in axes.get_legend().get_texts()] == ["CFG", "FineXtract", "direct"]
     assert figure.axes[0].get_legend() is None
@@ -313,3 +335,220 @@ def test_training_phases_share_one_axis_of_pictures_and_mark_where_the_next_begi
         assert began.get_xdata()[0] == pytest.approx(1.2)
         assert "million pictures" in axes.get_xlabel()
     assert [text.get_text() for text in figure.axes[0].get_legend().get_texts()] == ["batch 32", "batch 64"]
+
+
+def compared(gains=(0.1, -0.02, 0.3), arm="finextract", baseline="cfg") -> pd.DataFrame:
+    """Scores of two arms on the items of two blocks, of which the second gains 0.05 in each."""
+    rows = []
+    for block, found in (("b", gains), ("a", [0.05, 0.06])):
+        for item, gain in enumerate(found):
+            level = 0.2 + 0.1 * item
+            rows += [{"block": block, "item": item, "arm": baseline, "AS": level}]
+            rows += [{"block": block, "item": item, "arm": arm, "AS": level + gain}]
+    return pd.DataFrame(rows)
+
+
+def test_paired_differences_shows_every_item_with_mean_and_t_interval():
+    figure = plots.paired_differences(compared(), "finextract", "cfg")
+    (axes,) = figure.axes
+    figure.canvas.draw()
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["b", "a"]
+    points = [np.asarray(found.get_offsets()) for found in axes.collections if len(found.get_offsets())]
+    assert sorted(np.concatenate(points)[:, 0]) == pytest.approx([-0.02, 0.05, 0.06, 0.1, 0.3])
+    drawn = [np.asarray(line.get_xdata(), float) for line in axes.lines]
+    ends = [(np.nanmin(x), np.nanmax(x)) for x in drawn if len(x) > 1]
+    for gains in ([0.1, -0.02, 0.3], [0.05, 0.06]):
+        assert any(end == pytest.approx(mean_interval(gains)) for end in ends)
+    assert [text.get_text() for text in axes.texts] == ["2 of 3 above 0", "2 of 2 above 0"]
+    assert axes.get_xlabel() == "AS: FineXtract - CFG"
+
+
+def test_success_curves_are_the_shares_above_every_threshold():
+    rows = pd.DataFrame(
+        {
+            "block": "b",
+            "arm": "cfg",
+            "of": ["training"] * 4 + ["controls"] * 2,
+            "similarity": [0.2, 0.9, 0.5, 0.6, 0.1, 0.3],
+        }
+    )
+    figure = plots.success_curves(rows, 0.54, 0.745)
+    (axes,) = figure.axes
+    curves = {line.get_linestyle(): line for line in axes.lines if line.get_color() == plots.ARM_COLOURS["cfg"]}
+    for style, values in (("-", [0.2, 0.9, 0.5, 0.6]), ("--", [0.1, 0.3])):
+        x, y = (np.asarray(part) for part in curves[style].get_data())
+        assert curves[style].get_drawstyle() == "steps-post"
+        for tau in (-0.5, 0.0, 0.15, 0.25, 0.55, 0.7, 0.95):
+            assert y[np.searchsorted(x, tau, side="right") - 1] == pytest.approx(np.mean(np.array(values) > tau))
+    assert {line.get_xdata()[0] for line in axes.lines if line.get_color() == "0.7"} == {0.54, 0.745}
+    (legend,) = figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == ["CFG", "training images", "controls"]
+
+
+def differences() -> pd.DataFrame:
+    """Two scores of three comparisons, as tables.paired_difference gives them; the last is of a single item."""
+    rows = [
+        ("style", "cfg", 0.2, 0.1, 0.3, "AS"),
+        ("style", "finextract", -0.1, -0.3, 0.1, "AS"),
+        ("object", "cfg", 0.3, np.nan, np.nan, "AS"),
+        ("style", "cfg", 0.0, -0.2, 0.2, "A-ESR_strict"),
+        ("style", "finextract", -0.4, -0.5, -0.3, "A-ESR_strict"),
+        ("object", "cfg", 0.1, np.nan, np.nan, "A-ESR_strict"),
+    ]
+    table = pd.DataFrame(rows, columns=["dataset", "arm", "difference", "low", "high", "score"])
+    return table.set_axis(range(10, 16))  # an index of its own, as after concat and a selection
+
+
+def test_forest_show_every_row_at_its_height_with_its_interval():
+    figure = plots.forest(differences(), ["dataset", "arm"], xlabel="b - a")
+    first, second = figure.axes
+    assert (first.get_title(), second.get_title()) == ("AS", r"A-ESR, strict $\tau$")
+    assert {first.get_xlabel(), second.get_xlabel()} == {"b - a"}
+    assert [label.get_text() for label in first.get_yticklabels()] == [
+        "artists · CFG",
+        "artists · FineXtract",
+        "objects · CFG",
+    ]
+    assert first.yaxis_inverted(), "the first row is at the top"
+    for axes, score, filled in ((first, "AS", [0]), (second, "A-ESR_strict", [1])):
+        rows = differences()[lambda table, score=score: table.score == score]
+        bars, markers = axes.collections
+        ends = {line[0, 1]: tuple(line[:, 0]) for line in bars.get_segments() if len(line)}
+        assert ends == {place: (row.low, row.high) for place, row in enumerate(rows[:2].itertuples())}
+        np.testing.assert_allclose(markers.get_offsets(), np.column_stack([rows.difference, range(3)]))
+        dark = [place for place, colour in enumerate(markers.get_facecolors()) if to_rgb(colour) == to_rgb("black")]
+        assert dark == filled, "filled where the interval excludes 0"
+    figure.canvas.draw()
+
+
+def test_forest_of_other_rows_are_refused_and_not_shifted():
+    rows = differences()
+    for table in (rows.iloc[:-1], rows.iloc[[0, 1, 2, 4, 3, 5]]):
+        with pytest.raises(ValueError, match=r"AS, A-ESR_strict do not have the same rows, named by dataset, arm"):
+            plots.forest(table, ["dataset", "arm"])
+
+
+def alike(cliques: list[tuple[int, ...]], n: int) -> np.ndarray:
+    """Similarities [n, n]: .6 to .9 inside a clique, the lower the numbers the higher, and 0 to .1 outside."""
+    draw = np.random.default_rng(1).uniform(0, 0.1, (n, n))
+    found = (draw + draw.T) / 2
+    for clique in cliques:
+        for i in clique:
+            for j in clique:
+                found[i, j] = 0.9 - 0.15 * (i + j) / n
+    np.fill_diagonal(found, 1)
+    return found
+
+
+CLIQUES = [(7, 1, 4, 2), (0, 6, 3), (5, 8)]
+
+
+def test_images_are_ordered_by_clique_then_by_similarity_to_it_and_the_rest_follow():
+    ordered = clique_plots.ordered_by_clique(alike(CLIQUES, 11), CLIQUES)
+    assert ordered == [(1, 2, 4, 7), (0, 3, 6), (5, 8), (9,), (10,)]
+
+
+def test_clique_heatmaps_frame_the_cliques_on_the_diagonal_and_name_the_colours():
+    panels = {"a": (alike(CLIQUES, 11), CLIQUES), "b": (alike([(2, 0, 1)], 4), [(2, 0, 1)])}
+    figure = clique_plots.clique_heatmaps(panels, {"loose": 0.5, "strict": 0.75})
+    first, second, bar = figure.axes
+    assert (first.get_title(), second.get_title()) == ("a", "b")
+    order = [1, 2, 4, 7, 0, 3, 6, 5, 8, 9, 10]
+    np.testing.assert_array_equal(shown(first), alike(CLIQUES, 11)[np.ix_(order, order)])
+    assert {image.get_clim() for axes in (first, second) for image in axes.images} == {(0, 1)}
+    frames = {(*patch.get_xy(), patch.get_width(), patch.get_height()) for patch in first.patches}
+    assert frames == {(-0.5, -0.5, 4, 4), (3.5, 3.5, 3, 3)}, "the pair is below the smallest clique framed"
+    assert [(y, text.get_text()) for y, text in zip(first.get_yticks(), first.get_yticklabels(), strict=True)] == [
+        (1.5, "1"),
+        (5.0, "2"),
+    ]
+    assert "similarity" in bar.get_ylabel()
+    named = {text.get_text(): text.xy[1] for text in bar.texts}
+    assert named == {"loose": 0.5, "strict": 0.75}
+    figure.canvas.draw()
+
+
+@pytest.mark.parametrize("radii", [[1.0], [3.0, 3.0, 0.8, 0.8], [2.5] + [0.8] * 40, [0.8] * 60])
+def test_discs_do_not_touch_and_stay_close(radii):
+    radii = np.array(radii)
+    places = clique_plots.disc_places(radii, gap=0.2)
+    apart = np.linalg.norm(places[:, None] - places[None], axis=-1) - radii[:, None] - radii[None]
+    assert (apart[~np.eye(len(radii), dtype=bool)] >= 0.2 - 1e-9).all()
+    np.testing.assert_array_equal(places[0], 0)
+    assert np.ptp(places[:, 0]) * np.ptp(places[:, 1]) <= 6 * np.square(2 * radii + 0.2).sum(), "scattered"
+    np.testing.assert_array_equal(places, clique_plots.disc_places(radii, gap=0.2))
+
+
+@pytest.mark.parametrize("sizes", [[1, 1, 1], [26, 7, 5, 3, 2, 1, 1], [60, 2, 1]])
+def test_pictures_of_a_graph_do_not_cover_one_another_and_cliques_stay_together(sizes):
+    ends = np.cumsum([0, *sizes])
+    cliques = [tuple(range(a, b)) for a, b in itertools.pairwise(ends)]
+    places = clique_plots.node_places(alike(cliques, ends[-1]), cliques)
+    gaps = np.abs(places[:, None] - places[None]).max(axis=-1)[~np.eye(len(places), dtype=bool)]
+    assert gaps.min() > 2 * clique_plots.NODE + 0.12, "a bold frame stands out by .06"
+    for clique in cliques:
+        away = np.linalg.norm(places - places[list(clique)].mean(axis=0), axis=1)
+        assert away[list(clique)].max() < np.delete(away, clique).min(), "no other picture stands among them"
+    inner = np.linalg.norm(places[list(cliques[0])] - places[list(cliques[0])].mean(axis=0), axis=1)
+    assert inner[0] <= inner[len(inner) // 2 :].min(), "the image most like the others stands inside"
+
+
+def test_clique_graph_has_an_edge_where_images_are_alike_and_a_picture_at_every_node():
+    pictures, similarity, phi = tiles(11, height=8), alike(CLIQUES, 11), 0.06
+    (axes,) = clique_plots.clique_graph(pictures, similarity, phi, CLIQUES, [1, 0, 5, 9]).axes
+    places = clique_plots.node_places(similarity, CLIQUES)
+    assert len(axes.images) == 11
+    for image, picture, (x, y) in zip(axes.images, pictures, places, strict=True):
+        assert np.array_equal(image.get_array(), picture)
+        left, right, bottom, top = image.get_extent()
+        assert ((left + right) / 2, (bottom + top) / 2) == pytest.approx((x, y))
+    nodes = {tuple(place.round(6)): number for number, place in enumerate(places)}
+    drawn = [
+        {frozenset(nodes[tuple(end.round(6))] for end in line) for line in c.get_segments()} for c in axes.collections
+    ]
+    wanted = {frozenset(pair) for pair in np.argwhere(np.triu(similarity >= phi, 1)).tolist()}
+    inside = {pair for pair in wanted if any(pair <= set(clique) for clique in CLIQUES)}
+    assert drawn == [wanted - inside, inside]
+    assert inside
+    assert wanted - inside
+    grey, coloured = (collection.get_colors() for collection in axes.collections)
+    assert len({tuple(colour) for colour in grey}) == 1
+    assert len({tuple(colour[:3]) for colour in coloured}) == len(CLIQUES)
+    frames = {
+        number: (patch.get_linewidth(), to_rgb(patch.get_edgecolor())) for number, patch in enumerate(axes.patches)
+    }
+    assert {number for number, (width, _) in frames.items() if width > 2} == {1, 0, 5, 9}, "the centres"
+    for clique in CLIQUES:
+        assert len({frames[image][1] for image in clique}) == 1
+    assert frames[9][1] == frames[10][1] == to_rgb(clique_plots.ALONE)
+    assert [text.get_text() for text in axes.texts] == ["1: 4 images", "2: 3 images", "3: 2 images"]
+    for image in range(11):
+        assert axes.get_xlim()[0] < places[image, 0] < axes.get_xlim()[1]
+        assert axes.get_ylim()[0] < places[image, 1] < axes.get_ylim()[1]
+
+
+def test_clique_drawing_leads_from_the_clique_over_its_centre_to_training_images():
+    members, centre, training = tiles(11, 0), tiles(1, 1), tiles(2, 2)
+    texts = ([f"A .{n}" for n in range(11)], ["A 0.83**"], ["A: 9 of 11", "B: 2 of 11"])
+    figure = clique_plots.clique_drawing(
+        (members, texts[0]), (centre, texts[1]), (training, texts[2]), "style/mimooh, clique 1", columns=8
+    )
+    assert figure.get_suptitle() == "style/mimooh, clique 1"
+    assert [part.get_suptitle() for part in figure.subfigs] == [
+        "images of the clique",
+        "its centre, extracted",
+        "training images that they are most like",
+    ]
+    for part, pictures, own in zip(figure.subfigs, (members, centre, training), texts, strict=True):
+        used = [axes for axes in part.axes if axes.images]
+        assert [axes.get_title() for axes in used] == own
+        for axes, picture in zip(used, pictures, strict=True):
+            assert np.array_equal(shown(axes), picture)
+        assert not any(axes.axison for axes in part.axes)
+    figure.canvas.draw()
+    left, middle, right = (part.bbox for part in figure.subfigs)
+    assert left.x1 <= middle.x0 < middle.x1 <= right.x0
+    for part in figure.subfigs[1:]:
+        (arrow,) = [artist for artist in part.artists if isinstance(artist, FancyArrowPatch)]
+        (x0, _), (x1, _) = arrow._posA_posB
+        assert x0 < 0 < x1, "it points from the part before into this one"
