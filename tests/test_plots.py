@@ -270,3 +270,19 @@ def test_save_writes_a_readable_picture_per_name_and_profile(tmp_path, monkeypat
         assert np.asarray(image.convert("L")).std() > 1, "an empty picture"
     assert plots.save(figure, "table01", "mini") != path
     assert len(list((tmp_path / "figures").iterdir())) == 2
+
+
+def test_picture_table_titles_its_columns_once_and_writes_under_single_rows():
+    rows = {"direct": tiles(3), "CFG": tiles(3, seed=1)}
+    figure = plots.picture_table(rows, ["t = 961", "t = 481", "$x_0$"], under={"CFG": ["0.91", "0.75", "0.60"]})
+    first, second = figure.axes
+    assert [axes.get_ylabel() for axes in figure.axes] == list(rows)
+    assert [text.get_text() for text in first.texts] == ["t = 961", "t = 481", "$x_0$"]
+    assert not second.texts
+    step = shown(first).shape[1] / 3
+    assert [text.get_position()[0] for text in first.texts] == [0.5 * step, 1.5 * step, 2.5 * step]
+    assert not len(first.get_xticks())
+    assert [label.get_text() for label in second.get_xticklabels()] == ["0.91", "0.75", "0.60"]
+    assert list(second.get_xticks()) == [0.5 * step, 1.5 * step, 2.5 * step]
+    sizes = [text.get_fontsize() for text in [*first.texts, *second.get_xticklabels()]]
+    assert min(sizes) >= 7
