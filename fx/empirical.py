@@ -84,6 +84,15 @@ def correction_scale(a: float, b: float) -> float:
     return (1 - a - b) / b
 
 
+def fits(said: dict[tuple[str, bool], Tensor], exact: Tensor) -> list[dict[str, str | float]]:
+    """A row for each of RELATIONS: its `fit`, and the k of two free coefficients; said: as `predictions` gives it."""
+    rows = []
+    for name, (first, second) in RELATIONS.items():
+        three = said[first], said[second], exact
+        rows.append({"relation": name, **fit(*three), "k": correction_scale(*coefficients(*three))})
+    return rows
+
+
 def predictions(pair: ModelPair, caption: str) -> Callable[[Tensor, int], dict[tuple[str, bool], Tensor]]:
     """A function (x_t [n, c, h, w], t) -> eps of both models without and with the caption, by (model, sees caption)."""
     asked = [(model, sees) for model in ("base", "tuned") for sees in (False, True)]
@@ -131,7 +140,7 @@ def watch(
 
 
 def nearest(x: Tensor, points: Tensor) -> tuple[Tensor, Tensor]:
-    """Distance (root mean square per value), float64 [n], of each x [n, ...] to the nearest of points [m, ...]; and which."""
+    """Distance (root mean square per value), float64 [n], of x [n, ...] from the nearest of points [m, ...]; and which."""
     apart = (x.double().flatten(1)[:, None] - points.double().flatten(1)).pow(2).mean(2).sqrt()
     return tuple(apart.min(dim=1))
 

@@ -163,6 +163,17 @@ def test_the_relations_are_those_of_the_arms():
     assert empirical.RELATIONS["caption in theta"] == (("base", False), ("base", True))
 
 
+def test_fits_relate_the_predictions_that_the_relations_name():
+    exact, first = draw(2, *SHAPE, seed=18), draw(2, *SHAPE, seed=19)
+    share = {("base", False): 0.0, ("base", True): 0.1, ("tuned", False): 0.28, ("tuned", True): 0.55}
+    said = {end: (1 - value) * first + value * exact for end, value in share.items()}
+    found = {row["relation"]: row for row in empirical.fits(said, exact)}
+    left = {name: (1 - share[end]) / (1 - share[start]) for name, (start, end) in empirical.RELATIONS.items()}
+    assert {name: row["lambda"] for name, row in found.items()} == pytest.approx({n: 1 - v for n, v in left.items()})
+    assert max(abs(row["unexplained"]) for row in found.values()) < 1e-12
+    assert max(abs(row["k"]) for row in found.values()) < 1e-9
+
+
 def test_latents_are_the_scaled_posterior_of_the_autoencoder(tiny_pipeline, picture_folder):
     paths = sorted(picture_folder.glob("*.png"))
     mean, deviation = empirical.latents(tiny_pipeline, paths)
