@@ -1,6 +1,6 @@
-"""The extraction demo: fine-tune on one item, extract it with three arms, print the scores, save a picture.
+"""The extraction demo: fine-tune on an item, extract it with three arms, print the scores, save a picture.
 
-One artist of the shipped style set, by LoRA instead, or any folder of images:
+A typical artist and a typical object of the shipped sets, one of them by LoRA instead, or any folder of images:
 
     python -m fx.demo
     python -m fx.demo object/rooster --method lora
@@ -18,14 +18,21 @@ from fx.finetune import METHODS, TrainingItem
 from fx.paths import COMPLETE, FIGURES
 from fx.sampling import generated_pictures
 
+# of Table 1's artists and objects, each the one whose gain in AS by FineXtract over CFG is the median (DreamBooth)
+TYPICAL = ("style/gerald-g", "object/sailboat")
+
 
 def arguments(words: list[str] | None = None) -> argparse.Namespace:
     """Read the command line; unknown words are refused by argparse."""
     parser = argparse.ArgumentParser("python -m fx.demo", description=__doc__.split("\n\n")[0])
     parser.add_argument(
-        "item", nargs="?", default="style/jonathan-dietrich", help="a shipped item or a folder of images"
+        "items",
+        nargs="*",
+        metavar="ITEM",
+        default=list(TYPICAL),
+        help=f"a shipped item or a folder of images, one or several (default {' '.join(TYPICAL)})",
     )
-    parser.add_argument("--caption", help="training caption; a folder needs one")
+    parser.add_argument("--caption", help="training caption of the one item; a folder needs one")
     parser.add_argument("--method", choices=METHODS, default="dreambooth", help="how to fine-tune")
     parser.add_argument("--images", type=int, default=10, help="generated images per training image (default 10)")
     parser.add_argument(
@@ -42,43 +49,50 @@ def arguments(words: list[str] | None = None) -> argparse.Namespace:
     options = parser.parse_args(words)
     if options.images < 1 or options.seed < 0:
         parser.error(f"--images {options.images} must be at least 1, --seed {options.seed} at least 0")
+    if options.caption and len(options.items) != 1:
+        parser.error(f"--caption is for one item, not for {len(options.items)}: run the demo once for each")
     if options.write_figure and options != parser.parse_args(["--write-figure"]):
         parser.error("--write-figure is for the demo as it comes: leave out the item and every other option")
     return options
 
 
-def specs(options: argparse.Namespace) -> list[Score]:
-    """The three extractions of the demo with their scores."""
+def specs(options: argparse.Namespace) -> list[list[Score]]:
+    """The three extractions of each item with their scores."""
     change = f"{options.change} images_per_training={options.images} seed={options.seed}"
     chosen = settings.load(change=change)[options.method]
-    return chosen.three_arms(chosen.fine_tune(TrainingItem(options.item, options.caption)))
+    return [chosen.three_arms(chosen.fine_tune(TrainingItem(item, options.caption))) for item in options.items]
 
 
 def main(words: list[str] | None = None) -> None:
     """Run the demo and say what came out."""
     options = arguments(words)
-    item = load_item(options.item, options.caption or "")
+    items = [load_item(item, options.caption or "") for item in options.items]
     asked = specs(options)
     print(results.environment_summary())
-    print(f"{item.name}: {item.n_training} training images, caption {item.caption!r}, {options.method}")
-    rows = results.run(asked, description="demo")
-    loose, strict = thresholds(asked[0])
-    print(f"\nA-ESR thresholds of {asked[0].extract.descriptor}: strict {strict:.3f}, loose {loose:.3f}\n")
-    columns = ["arm", "AS", "A-ESR_strict", "A-ESR_loose", "n_extracted", "n_generated"]
-    print(rows[columns].to_string(index=False, float_format="{:.3f}".format))
+    for item in items:
+        print(f"{item.name}: {item.n_training} training images, caption {item.caption!r}, {options.method}")
+    rows = results.run([spec for arms in asked for spec in arms], description="demo")
+    rows["item"] = [item.name for item in items for _ in asked[0]]
+    loose, strict = thresholds(asked[0][0])
+    print(f"\nA-ESR thresholds of {asked[0][0].extract.descriptor}: strict {strict:.3f}, loose {loose:.3f}\n")
+    columns = ["item", "arm", "AS", "AS_controls", "A-ESR_strict", "A-ESR_loose", "n_extracted", "n_generated"]
+    shown = rows[columns].astype({"AS_controls": float})
+    print(shown.to_string(index=False, float_format="{:.3f}".format, na_rep="-"))
     if options.write_figure:
-        tables.save(rows[columns], "demo", COMPLETE)
-    path = picture_path(options)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    comparison(asked).savefig(path)
-    print(f"\nEvery training image, above the extracted image of each arm that is most like it: {path}")
+        tables.save(shown, "demo", COMPLETE)
+    print("\nEvery training image, above the extracted image of each arm that is most like it:")
+    for item, arms in zip(options.items, asked, strict=True):
+        path = picture_path(options, item)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        comparison(arms).savefig(path)
+        print(path)
 
 
-def picture_path(options: argparse.Namespace) -> Path:
+def picture_path(options: argparse.Namespace, item: str) -> Path:
     """The work area, or with --write-figure the picture that README.md shows."""
     if options.write_figure:
-        return FIGURES / f"demo-{options.item.replace('/', '-')}-mini.png"
-    name = f"{Path(options.item).name}-{options.method}-N{options.images}-seed{options.seed}.png"
+        return FIGURES / f"demo-{item.replace('/', '-')}-mini.png"
+    name = f"{Path(item).name}-{options.method}-N{options.images}-seed{options.seed}.png"
     return results.RUNS / "demo" / name
 
 

@@ -6,14 +6,18 @@ from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
+import torch
+from diffusers import StableDiffusionPipeline
+from torch import Tensor, nn
 
 from fx import checkpoints, metrics, quality, results
-from fx.datasets import Item, load_images, load_item, open_image, to_uint8
+from fx.datasets import Item, from_uint8, load_images, load_item, open_image, to_uint8
 from fx.extraction import Extract
+from fx.families import image_size
 from fx.finetune import FineTune, TrainingItem, load_training
-from fx.models import ModelPair, load_pipeline
+from fx.models import ModelPair, load_pipeline, model_folder
 from fx.sampling import Generate, generated_pictures, picture_file, prompt, sample
-from fx.similarity import copy_thresholds, describe, load_descriptor
+from fx.similarity import copy_thresholds, describe, descriptor_path, descriptors, load_descriptor
 from fx.tuned import Checkpoint, load_tuned, own_training
 
 
@@ -23,18 +27,55 @@ class Score:
 
     training: the images to score against; () for those that the model is known to be fine-tuned on (of a Checkpoint none
     are known: name them). controls: a folder of images of the same kind that were never trained on; "" for those that
-    the training items bring along. strict, loose: the thresholds tau of A-ESR; None for the descriptor's own.
+    the training items bring along. strict, loose: the thresholds tau of A-ESR; None for the descriptor's own. judge: a
+    second network that measures AS, since the descriptor has chosen what is scored (fx.quality.load_judge); "" for none.
     """
 
-    VERSION: ClassVar[int] = 1
+    VERSION: ClassVar[int] = 2
 
     extract: Extract
     training: tuple[TrainingItem, ...] = ()
     controls: str = ""
     strict: float | None = None
     loose: float | None = None
+    judge: str = "mini-clip"
 
     def __post_init__(self):
+        for threshold in (self.strict, self.loose):
+            if threshold is not None:
+                metrics.check_threshold(threshold)
+
+
+REFERENCES = ("controls", "round trip")
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What the scores of a Score are worth: the same for images that no attack has extracted.
+
+    of: "controls", never-trained images of the same kind in the place of the extracted ones, as many as there are training
+    images or as there are: what a score says where nothing was learned. "round trip", the training images after the
+    autoencoder of `base`: the highest that extraction can reach, since every generated image comes out of it. The other
+    fields are those of Extract and Score.
+    """
+
+    VERSION: ClassVar[int] = 1
+
+    of: str
+    training: tuple[TrainingItem, ...]
+    base: str = "mini-sd"
+    descriptor: str = "mini-sscd"
+    preset: str = "sscd"
+    controls: str = ""
+    strict: float | None = None
+    loose: float | None = None
+    judge: str = "mini-clip"
+
+    def __post_init__(self):
+        if self.of not in REFERENCES:
+            raise ValueError(f"unknown reference {self.of!r}: choose from {', '.join(REFERENCES)}")
+        if not self.training:
+            raise ValueError("training is empty: name the training items to compare with")
         for threshold in (self.strict, self.loose):
             if threshold is not None:
                 metrics.check_threshold(threshold)
@@ -55,9 +96,13 @@ class Quality:
     fidelity_judge: str = "mini-clip"
 
 
-def scored_images(spec: Score) -> tuple[list[Path], list[Path]]:
-    """The training images and the controls of a Score; ValueError where no training images are known."""
-    items = known_items(spec.training, spec.extract.generate.model)
+def scored_images(spec: Score | Reference) -> tuple[list[Path], list[Path]]:
+    """The training images and the controls of a Score or a Reference; ValueError where no training images are known."""
+    items = (
+        [load_training(part) for part in spec.training]
+        if isinstance(spec, Reference)
+        else known_items(spec.training, spec.extract.generate.model)
+    )
     training = [path for item in items for path in item.training]
     if spec.controls:
         return training, list(load_item(spec.controls, "controls").training)
@@ -72,52 +117,128 @@ def known_items(training: tuple[TrainingItem, ...], model: FineTune | Checkpoint
     return [load_training(part) for part in parts]
 
 
-def thresholds(spec: Score) -> tuple[float, float]:
+def thresholds(spec: Score | Reference) -> tuple[float, float]:
     """The loose and the strict threshold tau of A-ESR."""
     loose, strict = spec.loose, spec.strict
     if loose is None or strict is None:
-        known = copy_thresholds(spec.extract.descriptor)
+        known = copy_thresholds(spec.descriptor if isinstance(spec, Reference) else spec.extract.descriptor)
         loose, strict = (known[0] if loose is None else loose), (known[1] if strict is None else strict)
     return loose, strict
 
 
-@results.inputs.register
-def _(spec: Score) -> dict[str, str]:
+def _images_and_judge(spec: Score | Reference) -> dict[str, str]:
     training, controls = scored_images(spec)
     thresholds(spec)
     named = {f"image {number}": results.sha256_of(path) for number, path in enumerate(training)}
-    return named | {f"control {number}": results.sha256_of(path) for number, path in enumerate(controls)}
+    named |= {f"control {number}": results.sha256_of(path) for number, path in enumerate(controls)}
+    return named | ({"judge": results.sha256_of(checkpoints.find(spec.judge))} if spec.judge else {})
+
+
+@results.inputs.register
+def _(spec: Score) -> dict[str, str]:
+    return _images_and_judge(spec)
+
+
+@results.inputs.register
+def _(spec: Reference) -> dict[str, str]:
+    named = _images_and_judge(spec)
+    if spec.of == "controls" and not any(name.startswith("control") for name in named):
+        raise ValueError(f"{spec.training} bring no controls along: name a folder of never-trained images as controls")
+    named["descriptor"] = results.sha256_of(descriptor_path(spec.descriptor)[0])
+    return named | ({"base": results.sha256_of(model_folder(spec.base))} if spec.of == "round trip" else {})
 
 
 @results.perform.register
 def _(spec: Score, folder: Path) -> None:
     """Write scores.json and matches.json.
 
-    scores.json: those of the extraction; of Eq. 1 and 2; AS_one_to_one, where each extracted image counts for one training
-    image only; AS_all, as if every generated image were extracted, which no rule can surpass; AS_controls, the AS of
-    images of the same kind that were never trained on, if there are any. matches.json: per training image its match among
-    the extracted images, as the number of a generated image, and the similarity of the two.
+    scores.json: those of the extraction and of `compare`; AS_all, as if every generated image were extracted, which no rule
+    can surpass. matches.json: per training image its match among the extracted images, as the number of a generated image;
+    and per training image and per control the similarity to its match.
     """
-    loose, strict = thresholds(spec)
     extracted_in = results.complete(spec.extract)
     generated, centres = np.load(extracted_in / "descriptors.npy"), extraction_sets(extracted_in)["centres"]
     side = image_side(spec)
     network = load_descriptor(spec.extract.descriptor, spec.extract.preset)
-    training, controls = (describe(network, paths, side) if paths else None for paths in scored_images(spec))
-    extracted = generated[centres]
-    best = metrics.best_match(training, extracted)
-    scores = json.loads((extracted_in / results.SCORES).read_text()) | {
-        "AS": metrics.average_similarity(training, extracted),
-        "A-ESR_strict": metrics.extraction_success_rate(training, extracted, strict),
-        "A-ESR_loose": metrics.extraction_success_rate(training, extracted, loose),
-        "AS_one_to_one": metrics.average_similarity(training, extracted, one_to_one=True),
-        "AS_all": metrics.average_similarity(training, generated),
-        "AS_controls": None if controls is None else metrics.average_similarity(controls, extracted),
-        "n_scored": len(training),
+    found = View(generated_pictures(spec.extract.generate, centres), generated[centres])
+    training, controls = (View.of(paths, side, network) if paths else None for paths in scored_images(spec))
+    scores = json.loads((extracted_in / results.SCORES).read_text()) | compare(spec, training, found, controls)
+    scores |= {
+        "AS_all": metrics.average_similarity(training.described, generated),
+        "n_scored": len(training.pictures),
     }
-    chosen = np.array(centres)[(training @ extracted.T).argmax(axis=1)]
+    chosen = np.array(centres)[(training.described @ found.described.T).argmax(axis=1)]
+    matches = {"match": chosen.tolist(), "similarity": metrics.best_match(training.described, found.described).tolist()}
+    if controls is not None:
+        matches["control_similarity"] = metrics.best_match(controls.described, found.described).tolist()
     (folder / results.SCORES).write_text(json.dumps(scores))
-    (folder / "matches.json").write_text(json.dumps({"match": chosen.tolist(), "similarity": best.tolist()}))
+    (folder / "matches.json").write_text(json.dumps(matches))
+
+
+@results.perform.register
+def _(spec: Reference, folder: Path) -> None:
+    """Write scores.json: those of `compare`, and how many images stand in the place of the extracted ones."""
+    base = load_pipeline(spec.base)
+    side = image_size(base)
+    network = load_descriptor(spec.descriptor, spec.preset)
+    paths, controls = scored_images(spec)
+    training = View.of(paths, side, network)
+    if spec.of == "controls":
+        instead = View.of(controls[: len(paths)], side, network)
+    else:
+        images = round_trip(base, from_uint8(training.pictures))
+        instead = View(to_uint8(images), descriptors(network, images))
+    scores = {name: value for name, value in compare(spec, training, instead, None).items() if "controls" not in name}
+    scores |= {"n_scored": len(training.pictures), "n_extracted": len(instead.pictures)}
+    (folder / results.SCORES).write_text(json.dumps(scores))
+
+
+@dataclass(frozen=True)
+class View:
+    """Images as two measures see them: pictures uint8 [n, h, w, 3] and copy-detection descriptors [n, d]."""
+
+    pictures: np.ndarray
+    described: np.ndarray
+
+    @classmethod
+    def of(cls, paths: list[Path], side: int, network: nn.Module, batch_size: int = 64) -> "View":
+        """Image files as squares of `side` pixels."""
+        parts = [tuple(paths[first : first + batch_size]) for first in range(0, len(paths), batch_size)]
+        pictures = np.concatenate([to_uint8(load_images(part, side)) for part in parts])
+        return cls(pictures, describe(network, paths, side))
+
+
+def compare(spec: Score | Reference, training: View, extracted: View, controls: View | None) -> dict[str, float | None]:
+    """The scores of Eq. 1 and 2 with what they have to be held against.
+
+    AS, A-ESR_strict, A-ESR_loose; the same `_one_to_one`, where each extracted image counts for one training image only;
+    `_controls`, where images of the same kind that were never trained on stand for the training images (None without any).
+    And measures that did not choose: "AS (judge)", by the judge's features, and PSNR, the mean over training images of the
+    highest with an extracted image in dB; both `_controls` too.
+    """
+    loose, strict = thresholds(spec)
+    scores: dict[str, float | None] = {}
+    for suffix, view, once in (("", training, False), ("_one_to_one", training, True), ("_controls", controls, False)):
+        pair = None if view is None else (view.described, extracted.described)
+        scores[f"AS{suffix}"] = pair and metrics.average_similarity(*pair, one_to_one=once)
+        for name, tau in (("strict", strict), ("loose", loose)):
+            scores[f"A-ESR_{name}{suffix}"] = pair and metrics.extraction_success_rate(*pair, tau, one_to_one=once)
+    judge = quality.load_judge(spec.judge) if spec.judge else None
+    seen = judge and quality.features(judge, extracted.pictures)
+    for suffix, view in (("", training), ("_controls", controls)):
+        scores[f"PSNR{suffix}"] = view and float(metrics.psnr(view.pictures, extracted.pictures).max(axis=1).mean())
+        if judge:
+            name = quality.column("AS", spec.judge).replace("AS", f"AS{suffix}", 1)
+            scores[name] = view and metrics.average_similarity(quality.features(judge, view.pictures), seen)
+    return scores
+
+
+@torch.no_grad()
+def round_trip(pipeline: StableDiffusionPipeline, images: Tensor, batch_size: int = 16) -> Tensor:
+    """Images [n, 3, h, w] in [-1, 1] through the autoencoder and back, by the mode of the posterior; values clipped."""
+    vae = pipeline.vae
+    parts = [vae.encode(part.to(vae.device, vae.dtype)).latent_dist.mode() for part in images.split(batch_size)]
+    return torch.cat([vae.decode(part).sample.float().cpu().clamp(-1, 1) for part in parts])
 
 
 @results.inputs.register
@@ -162,7 +283,9 @@ def extraction_sets(folder: Path) -> dict[str, list]:
 
 
 def read_matches(spec: Score) -> dict[str, np.ndarray]:
-    """Of a finished Score: the match of each training image (a number of a generated image) and their similarity."""
+    """Of a finished Score: "match" of each training image (a number of a generated image), their "similarity", and
+    "control_similarity" of each control to the extracted image most like it, where there are controls.
+    """
     return {
         name: np.array(values)
         for name, values in json.loads((results.folder(spec) / "matches.json").read_text()).items()

@@ -10,8 +10,10 @@ import seaborn as sns
 from IPython.display import Image
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.patches import FancyArrowPatch
 
+from fx.metrics import mean_interval
 from fx.paths import COMPLETE, FIGURES, SHIPPED_FIGURES
 
 ARM_COLOURS = {
@@ -106,12 +108,12 @@ def known_arms(rows: pd.DataFrame) -> list[str]:
 
 
 def scores_by_arm(rows: pd.DataFrame, score: str = "AS", block: str = "block") -> Figure:
-    """Mean score of each arm in each block with 95% bootstrap intervals over items; single items as faint points."""
+    """Mean score of each arm in each block with its 95% t-interval over items; single items as faint points."""
     figure, axes = plt.subplots(figsize=(7, 2.8))
     arms = known_arms(rows)
     common = {"data": rows, "x": block, "y": score, "hue": "arm", "hue_order": arms, "palette": ARM_COLOURS, "ax": axes}
     sns.stripplot(**common, dodge=True, jitter=False, alpha=0.3, size=3, legend=False)
-    sns.pointplot(**common, dodge=0.53, linestyle="none", errorbar=("ci", 95), seed=0, capsize=0.06)
+    sns.pointplot(**common, dodge=0.53, linestyle="none", errorbar=mean_interval, capsize=0.06)
     for text in axes.get_legend().get_texts():
         text.set_text(ARM_LABELS[text.get_text()])
     axes.set_xlabel("")
@@ -120,7 +122,7 @@ def scores_by_arm(rows: pd.DataFrame, score: str = "AS", block: str = "block") -
 
 
 def score_curves(rows: pd.DataFrame, x: str, score: str = "AS", block: str = "method") -> Figure:
-    """Mean score over a setting `x`, one panel per block, one line per guided arm with its 95% bootstrap interval.
+    """Mean score over a setting `x`, one panel per block, one line per guided arm with its 95% t-interval.
 
     Rows of the arm direct, which has no such setting, are a dashed line at their mean.
     """
@@ -131,12 +133,94 @@ def score_curves(rows: pd.DataFrame, x: str, score: str = "AS", block: str = "me
         shown = rows[rows[block] == name]
         common = {"hue": "arm", "hue_order": arms, "palette": ARM_COLOURS, "legend": name == blocks[-1]}
         guided = shown[shown.arm != "direct"]
-        sns.lineplot(guided, x=x, y=score, marker="o", errorbar=("ci", 95), seed=0, ax=axis, **common)
+        sns.lineplot(guided, x=x, y=score, marker="o", errorbar=mean_interval, ax=axis, **common)
         if (direct := shown[shown.arm == "direct"][score]).size:
             axis.axhline(direct.mean(), color=ARM_COLOURS["direct"], linestyle="--", label="direct")
         axis.set(title=name, xlabel=x.replace("_", " "))
     handles, labels = axis.get_legend_handles_labels()
     axis.legend(handles, [ARM_LABELS[label] for label in labels], loc="upper left", bbox_to_anchor=(1, 1))
+    return figure
+
+
+def paired_differences(
+    rows: pd.DataFrame, arm: str, baseline: str, score: str = "AS", block: str = "block", between: str = "arm"
+) -> Figure:
+    """score(arm) - score(baseline) of every item as a point, one row per block, with the mean and its 95% t-interval.
+
+    between: the column that tells the two apart. The number of items above 0 stands at the right.
+    """
+    wide = rows.pivot_table(index=[block, "item"], columns=between, values=score, sort=False)
+    gains = (wide[arm] - wide[baseline]).rename("gain").reset_index()
+    blocks = list(dict.fromkeys(gains[block]))
+    figure, axes = plt.subplots(figsize=(6, 0.55 * len(blocks) + 0.8))
+    axes.axvline(0, color="0.7", linewidth=1)
+    for place, name in enumerate(blocks):
+        own = np.sort(gains[gains[block] == name].gain)
+        apart = 0.07 * (np.arange(len(own)) % 5 - 2)  # neighbours do not hide one another
+        axes.scatter(own, place + apart, color="0.55", s=10)
+    common = {"data": gains, "x": "gain", "y": block, "order": blocks, "ax": axes}
+    sns.pointplot(
+        **common, errorbar=mean_interval, color="black", linestyle="none", markers="D", markersize=5, capsize=0.2
+    )
+    for place, name in enumerate(blocks):
+        own = gains[gains[block] == name].gain
+        note = f"{(own > 0).sum()} of {len(own)} above 0"
+        axes.annotate(note, (1.01, place), xycoords=("axes fraction", "data"), va="center")
+    label = ARM_LABELS.get(arm, arm), ARM_LABELS.get(baseline, baseline)
+    axes.set(xlabel=f"{score}: {label[0]} - {label[1]}", ylabel="")
+    return figure
+
+
+def forest(differences: pd.DataFrame, labels: list[str], xlabel: str = "AS", panels: list[str] | None = None) -> Figure:
+    """A forest plot of a table of tables.paired_difference: a row per comparison, its mean and its 95% interval.
+
+    Filled where the interval excludes 0, hollow where it does not or where there is none. labels: one per row of the table;
+    panels: the title of the panel that each belongs to, for several side by side that share the labels.
+    """
+    panels = panels or [""] * len(labels)
+    titles, places = list(dict.fromkeys(panels)), list(dict.fromkeys(labels))
+    figure, axes = plt.subplots(
+        1, len(titles), figsize=(2.2 + 3.2 * len(titles), 0.2 * len(places) + 0.8), sharey=True, squeeze=False
+    )
+    for axis, title in zip(axes[0], titles, strict=True):
+        axis.axvline(0, color="0.7", linewidth=1)
+        axis.set(title=title, xlabel=xlabel)
+    for row, label, panel in zip(differences.itertuples(), labels, panels, strict=True):
+        axis, place, known = axes[0, titles.index(panel)], places.index(label), not np.isnan(row.low)
+        if known:
+            axis.plot([row.low, row.high], [place, place], color="black", linewidth=1)
+        filled = known and (row.low > 0 or row.high < 0)
+        axis.plot(row.difference, place, "o", color="black", fillstyle="full" if filled else "none", markersize=5)
+    axes[0, 0].set(yticks=range(len(places)), yticklabels=places)
+    axes[0, 0].invert_yaxis()
+    return figure
+
+
+def success_curves(matches: pd.DataFrame, loose: float, strict: float, block: str = "block") -> Figure:
+    """Share of images whose best match lies above tau, over tau: training images solid, controls dashed, by arm.
+
+    matches: a row per image with its "similarity", "arm", "of" ("training" or "controls") and its block, a panel each. The
+    two thresholds of A-ESR are vertical lines.
+    """
+    blocks = list(dict.fromkeys(matches[block]))
+    figure, axes = plt.subplots(
+        1, len(blocks), figsize=(2.3 * len(blocks) + 1.2, 2.5), sharey=True, squeeze=False, layout="constrained"
+    )
+    for axis, name in zip(axes[0], blocks, strict=True):
+        for tau, style in ((loose, ":"), (strict, "-.")):
+            axis.axvline(tau, color="0.7", linestyle=style, linewidth=1)
+        for arm in known_arms(matches):
+            for of, style in (("training", "-"), ("controls", "--")):
+                shown = matches[(matches[block] == name) & (matches.arm == arm) & (matches.of == of)]
+                values = np.sort(shown.similarity.to_numpy())
+                above = 1 - np.arange(len(values) + 1) / max(len(values), 1)
+                axis.step([-1, *values], above, where="post", color=ARM_COLOURS[arm], linestyle=style)
+        axis.set(title=name, xlabel=r"threshold $\tau$", xlim=(0, 1), ylim=(0, 1))
+    axes[0, 0].set_ylabel(r"share of images above $\tau$")
+    lines = [Line2D([], [], color=ARM_COLOURS[arm]) for arm in known_arms(matches)]
+    lines += [Line2D([], [], color="0.3", linestyle=style) for style in ("-", "--")]
+    names = [ARM_LABELS[arm] for arm in known_arms(matches)] + ["training images", "controls"]
+    figure.legend(lines, names, loc="outside right upper")
     return figure
 
 

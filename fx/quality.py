@@ -30,7 +30,7 @@ DINO = "facebook/dino-vits16@refs/pr/1"  # the ViT-S/16 of Ruiz et al.
 # CLIP-IQA's antonym prompts; a CLIP trained with other words names them in its config.json
 ANTONYMS = ("Good photo.", "Bad photo.")
 KINDS = {"clip": CLIPModel, "vit": ViTModel, "dinov2": Dinov2Model}  # by the model_type of config.json
-MEASURES = ("CLIP-IQA", "fidelity")
+MEASURES = ("CLIP-IQA", "fidelity", "AS")
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import yaml
 
-from fx.evaluation import Quality, Score, known_items
+from fx.evaluation import REFERENCES, Quality, Reference, Score, known_items
 from fx.extraction import Extract
-from fx.finetune import METHODS, FineTune, TrainingItem
+from fx.finetune import METHODS, FineTune, TrainingItem, load_training
 from fx.sampling import Generate
 from fx.tuned import Checkpoint
 
@@ -88,11 +88,17 @@ class Settings:
         if n_generated is None:
             n_generated = self.images_per_training * n_training
         generate = self.generate(model, arm, n_generated, **changes)
-        return Score(Extract(generate, n_training, self.descriptor, rule=rule), training)
+        return Score(Extract(generate, n_training, self.descriptor, rule=rule), training, judge=self.judge)
 
     def three_arms(self, model: FineTune | Checkpoint, **options) -> list[Score]:
         """The paper's comparison for one fine-tuned model, direct, CFG and FineXtract; `options` as in `score`."""
         return [self.score(model, arm, **options) for arm in ("direct", "cfg", "finextract")]
+
+    def references(self, *training: str | TrainingItem) -> dict[str, Reference]:
+        """What the scores on these items are held against, by name: "controls" (where there are any), "round trip"."""
+        items = tuple(TrainingItem(part) if isinstance(part, str) else part for part in training)
+        kinds = REFERENCES if any(load_training(part).controls for part in items) else ("round trip",)
+        return {of: Reference(of, items, self.base, self.descriptor, judge=self.judge) for of in kinds}
 
     def quality(self, generate: Generate, training: tuple[TrainingItem, ...] = ()) -> Quality:
         """CLIP-IQA and fidelity of generated images."""

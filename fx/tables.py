@@ -3,14 +3,15 @@
 import math
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 
-from fx.metrics import bootstrap_interval, paired_interval
+from fx.metrics import holm, mean_interval, paired_interval, paired_p_value
 from fx.paths import COMPLETE, PAPER, SHIPPED_TABLES, TABLES
 
 
-def summarise(rows: pd.DataFrame, by: list[str], scores: list[str], seed: int = 0) -> pd.DataFrame:
-    """Mean of each score over items with its 95% bootstrap interval, one row per group in order of appearance.
+def summarise(rows: pd.DataFrame, by: list[str], scores: list[str]) -> pd.DataFrame:
+    """Mean of each score over items with its 95% t-interval, one row per group in order of appearance.
 
     Columns: the groups, items, and per score the mean and `<score> 95%` as text "low..high", empty for a single item.
     """
@@ -18,7 +19,7 @@ def summarise(rows: pd.DataFrame, by: list[str], scores: list[str], seed: int = 
     for key, group in rows.groupby(by, sort=False):
         line = dict(zip(by, key, strict=True)) | {"items": len(group)}
         for score in scores:
-            low, high = bootstrap_interval(group[score].to_numpy(), seed=seed)
+            low, high = mean_interval(group[score].to_numpy())
             line |= {score: group[score].mean(), f"{score} 95%": "" if math.isnan(low) else f"{low:.3f}..{high:.3f}"}
         lines.append(line)
     return pd.DataFrame(lines)
@@ -30,13 +31,12 @@ def paired_difference(
     baseline: str,
     by: list[str],
     score: str = "AS",
-    seed: int = 0,
     between: str = "arm",
 ) -> pd.DataFrame:
-    """Mean over items of score(arm) - score(baseline) with its 95% bootstrap interval, per group.
+    """Mean over items of score(arm) - score(baseline) with its 95% t-interval and the t-test's p-value, per group.
 
     between: the column that tells the two apart, if it is not the arm. Both must hold the same items: ValueError otherwise.
-    The interval of a single item is NaN, and whether it excludes 0 is missing (pandas.NA).
+    The interval and p of a single item are NaN, and whether the interval excludes 0 is missing (pandas.NA).
     """
     lines = []
     for key, group in rows.groupby(by, sort=False):
@@ -44,7 +44,8 @@ def paired_difference(
         if wide.isna().any(axis=None):
             missing = sorted(wide.index[wide.isna().any(axis=1)])
             raise ValueError(f"{arm} and {baseline} were not run on the same items in {key}: {missing}")
-        low, high = paired_interval(wide[arm].to_numpy(), wide[baseline].to_numpy(), seed=seed)
+        pair = wide[arm].to_numpy(), wide[baseline].to_numpy()
+        low, high = paired_interval(*pair)
         difference = (wide[arm] - wide[baseline]).mean()
         lines.append(
             dict(zip(by, key, strict=True))
@@ -54,9 +55,56 @@ def paired_difference(
                 "low": low,
                 "high": high,
                 "excludes 0": pd.NA if math.isnan(low) else low > 0 or high < 0,
+                "p": paired_p_value(*pair),
             }
         )
     return pd.DataFrame(lines)
+
+
+def differences(
+    rows: pd.DataFrame, arm: str, baselines: list[str], by: list[str], scores: list[str], between: str = "arm"
+) -> pd.DataFrame:
+    """`paired_difference` of one arm to each baseline in each score, each over the items that have the score.
+
+    Two columns, score and baseline, say which row is which. A score that no item has gives no rows.
+    """
+    parts = []
+    for score in scores:
+        known = rows[rows[score].notna()]
+        for baseline in baselines if len(known) else []:
+            found = paired_difference(known, arm, baseline, by, score, between)
+            parts.append(found.assign(score=score, baseline=baseline))
+    return pd.concat(parts, ignore_index=True)
+
+
+def beside_controls(rows: pd.DataFrame, by: list[str], scores: list[str]) -> pd.DataFrame:
+    """Means of scores beside those of controls, `<score>_controls`, over the items that have controls and no others.
+
+    Both columns of a pair have the same denominator, `items`. Empty without any item that has controls.
+    """
+    pairs = {score: _of_controls(score) for score in scores}
+    known = rows[rows[list(pairs.values())].notna().all(axis=1)]
+    groups = known.groupby(by, sort=False)
+    columns = [name for pair in pairs.items() for name in pair]
+    return groups[columns].mean().assign(items=groups.size()).reset_index()[[*by, "items", *columns]]
+
+
+def _of_controls(score: str) -> str:
+    """The column of a score's controls: "AS_controls", "AS_controls (mini-clip)"."""
+    name, bracket, judge = score.partition(" (")
+    return f"{name}_controls{bracket}{judge}"
+
+
+def corrected(differences: pd.DataFrame, level: float = 0.95) -> pd.DataFrame:
+    """A table of `paired_difference` whose rows are one family of comparisons: p by Holm (1979), and what is shown by it.
+
+    Adds "p (Holm)" and "shown", whether it is below 1 - level: then the chance of a single wrong row is below 1 - level.
+    Without p-values (single items) both are missing.
+    """
+    if differences.p.isna().any():
+        return differences.assign(**{"p (Holm)": np.nan, "shown": pd.NA})
+    p = holm(differences.p.to_numpy())
+    return differences.assign(**{"p (Holm)": p, "shown": p < 1 - level})
 
 
 def paper(number: int) -> pd.DataFrame:

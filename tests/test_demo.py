@@ -18,7 +18,7 @@ from fx import datasets, demo, evaluation, results, settings
 from fx.evaluation import Score
 from fx.extraction import Extract
 from fx.finetune import TrainingItem
-from fx.paths import ROOT
+from fx.paths import ROOT, TABLES
 from fx.sampling import Generate, picture_file, save_picture
 
 
@@ -33,7 +33,7 @@ def _thresholds(monkeypatch):
 def test_arguments_have_defaults_that_need_no_typing():
     options = vars(demo.arguments([]))
     assert options == {
-        "item": "style/jonathan-dietrich",
+        "items": list(demo.TYPICAL),
         "caption": None,
         "method": "dreambooth",
         "images": 10,
@@ -41,18 +41,28 @@ def test_arguments_have_defaults_that_need_no_typing():
         "seed": 0,
         "write_figure": False,
     }
-    assert options["item"] in datasets.names("style"), "the default item is a shipped one"
+
+
+def test_the_items_of_the_demo_are_typical_and_have_controls():
+    """Their gain over CFG is the (lower) median of Table 1's items that have controls, artists and objects."""
+    rows = pd.read_csv(TABLES / "mini/table01-items.csv").query("method == 'dreambooth'")
+    for item, dataset in zip(demo.TYPICAL, ("style", "object"), strict=True):
+        wide = rows[(rows.dataset == dataset) & rows.AS_controls.notna()].pivot(
+            index="item", columns="arm", values="AS"
+        )
+        gains = (wide.finextract - wide.cfg).sort_values()
+        assert item == gains.index[(len(gains) - 1) // 2]
 
 
 def test_arguments_are_read():
     words = ["~/photos/dog", "--caption", "a dog", "--method", "lora", "--images", "5", "--seed", "3"]
     words += ["--change", "rank=3"]
-    expected = {"item": "~/photos/dog", "caption": "a dog", "method": "lora", "images": 5, "seed": 3}
+    expected = {"items": ["~/photos/dog"], "caption": "a dog", "method": "lora", "images": 5, "seed": 3}
     expected |= {"write_figure": False, "change": "rank=3"}
     assert vars(demo.arguments(words)) == expected
 
 
-@pytest.mark.parametrize("words", [["--method", "magic"], ["--images", "many"], ["one", "two"], ["--unheard-of"]])
+@pytest.mark.parametrize("words", [["--method", "magic"], ["--images", "many"], ["--unheard-of"]])
 def test_arguments_refuse_what_they_do_not_know(words, capsys):
     with pytest.raises(SystemExit) as error:
         demo.arguments(words)
@@ -63,7 +73,7 @@ def test_arguments_refuse_what_they_do_not_know(words, capsys):
 @pytest.mark.parametrize("method", ["dreambooth", "lora"])
 def test_specs_are_three_arms_of_one_fine_tune_with_the_chosen_settings(method):
     words = ["object/rooster", "--method", method, "--images", "7", "--seed", "2", "--caption", "a bird"]
-    asked = demo.specs(demo.arguments([*words, "--change", "sampling_steps=3 images_per_training=5 batch_size=9"]))
+    (asked,) = demo.specs(demo.arguments([*words, "--change", "sampling_steps=3 images_per_training=5 batch_size=9"]))
     chosen = settings.load()[method]
     assert all(isinstance(spec, Score) and isinstance(spec.extract, Extract) for spec in asked)
     generates = [spec.extract.generate for spec in asked]
@@ -83,11 +93,16 @@ def test_specs_are_three_arms_of_one_fine_tune_with_the_chosen_settings(method):
 
 def test_the_demo_as_it_comes_is_the_extraction_with_the_settings_as_they_stand():
     chosen = settings.load()["dreambooth"]
-    assert demo.specs(demo.arguments([])) == chosen.three_arms(chosen.fine_tune("style/jonathan-dietrich"))
+    assert demo.specs(demo.arguments([])) == [chosen.three_arms(chosen.fine_tune(item)) for item in demo.TYPICAL]
 
 
 @pytest.mark.parametrize(
-    ("words", "message"), [("--images 0", "--images 0 must be"), ("--seed -1", "--seed -1 at least 0")]
+    ("words", "message"),
+    [
+        ("--images 0", "--images 0 must be"),
+        ("--seed -1", "--seed -1 at least 0"),
+        ("one two --caption x", "--caption is for one item, not for 2"),
+    ],
 )
 def test_arguments_refuse_impossible_numbers(words, message, capsys):
     with pytest.raises(SystemExit) as error:
@@ -121,7 +136,14 @@ def finished(tmp_path, monkeypatch):
             (folder(spec) / "matches.json").write_text(
                 json.dumps({"match": matches[arm], "similarity": [0.3, 0.45, 0.6]})
             )
-        scores = {"AS": 0.4321, "A-ESR_strict": 0.1, "A-ESR_loose": 0.5, "n_extracted": 3, "n_generated": 8}
+        scores = {
+            "AS": 0.4321,
+            "AS_controls": None,
+            "A-ESR_strict": 0.1,
+            "A-ESR_loose": 0.5,
+            "n_extracted": 3,
+            "n_generated": 8,
+        }
         return pd.DataFrame([{"arm": spec.extract.generate.arm, "phi": 0.9, **scores} for spec in asked])
 
     monkeypatch.setattr(results, "run", run)
@@ -140,7 +162,7 @@ def levels(axes) -> list[int]:
 
 def test_picture_shows_below_each_training_image_what_every_arm_extracted_for_it(finished):
     photos, expected = finished
-    asked = demo.specs(demo.arguments([str(photos), "--caption", "a dog"]))
+    (asked,) = demo.specs(demo.arguments([str(photos), "--caption", "a dog"]))
     results.run(asked, "demo")
     figure = demo.comparison(asked)
     assert [axes.get_ylabel() for axes in figure.axes] == ["training", "direct", "CFG", "FineXtract"]
@@ -157,8 +179,10 @@ def test_main_prints_the_scores_of_each_arm_and_saves_the_picture(finished, tmp_
     assert results.environment_summary() in printed
     assert "3 training images, caption 'a dog', dreambooth" in printed
     assert "strict 0.550, loose 0.400" in printed
-    table = [line.split() for line in printed.splitlines() if line.split()[:1] in (["direct"], ["cfg"], ["finextract"])]
-    assert table == [[arm, "0.432", "0.100", "0.500", "3", "8"] for arm in ("direct", "cfg", "finextract")]
+    table = [line.split() for line in printed.splitlines() if line.split()[:1] == ["photos"]]
+    assert table == [
+        ["photos", arm, "0.432", "-", "0.100", "0.500", "3", "8"] for arm in ("direct", "cfg", "finextract")
+    ]
     (path,) = (tmp_path / "runs/demo").iterdir()
     assert str(path) in printed
     assert path.name == "photos-dreambooth-N10-seed0.png"
@@ -168,12 +192,14 @@ def test_main_prints_the_scores_of_each_arm_and_saves_the_picture(finished, tmp_
 
 def test_the_picture_goes_into_the_work_area_unless_the_figure_is_asked_for(finished, tmp_path, capsys):
     demos = [[], ["--method", "lora"], ["--seed", "1"], ["--images", "5"], ["object/rooster"]]
-    paths = {demo.picture_path(demo.arguments(words)) for words in demos}
-    assert len(paths) == 5
+    asked = [demo.arguments(words) for words in demos]
+    paths = {demo.picture_path(options, item) for options in asked for item in options.items}
+    assert len(paths) == 4 * 2 + 1
     assert {path.parent for path in paths} == {tmp_path / "runs/demo"}
-    figure = demo.picture_path(demo.arguments(["--write-figure"]))
-    assert figure == tmp_path / "figures/demo-style-jonathan-dietrich-mini.png"
-    assert (ROOT / "figures" / figure.name).is_file()
+    for item in demo.TYPICAL:
+        figure = demo.picture_path(demo.arguments(["--write-figure"]), item)
+        assert figure == tmp_path / f"figures/demo-{item.replace('/', '-')}-mini.png"
+        assert (ROOT / "figures" / figure.name).is_file()
     for words in demos[1:]:
         with pytest.raises(SystemExit):
             demo.arguments([*words, "--write-figure"])

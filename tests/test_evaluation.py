@@ -16,7 +16,7 @@ from tiny import ORIGINALS, copies, pictures
 
 from fx import evaluation, quality, results
 from fx.datasets import from_uint8, load_images, load_item
-from fx.evaluation import Quality, Score, method_pictures, read_matches, scored_images, thresholds
+from fx.evaluation import Quality, Reference, Score, method_pictures, read_matches, scored_images, thresholds
 from fx.extraction import Extract
 from fx.finetune import LORA_LAYERS, FineTune, TrainingItem
 from fx.models import LORA_FILE, load_pipeline
@@ -78,19 +78,110 @@ def test_scores_equal_a_computation_by_hand(place, model, controls):
     cosines = (wanted @ found[centres].T).numpy()
     best = cosines.clip(0, 1).max(axis=1)
     rows, columns = linear_sum_assignment(-cosines)
+    once, other = cosines[rows, columns].clip(0, 1), (unseen @ found[centres].T).numpy().clip(0, 1).max(axis=1)
+    judged = {name: features("mini-clip", part) for name, part in (("x", images[centres]), ("t", pictures(ORIGINALS)))}
+    judged["c"] = features("mini-clip", pictures(3, seed=9))
+
+    def psnr(part):
+        errors = np.square(part[:, None] / 255 - images[centres][None] / 255).mean(axis=(2, 3, 4))
+        return (-10 * np.log10(errors)).max(axis=1).mean()
+
     expected = {
         "AS": best.mean(),
         "A-ESR_strict": (best > 0.3).mean(),
         "A-ESR_loose": (best > 0.1).mean(),
-        "AS_one_to_one": cosines[rows, columns].clip(0, 1).mean(),
+        "AS_one_to_one": once.mean(),
+        "A-ESR_strict_one_to_one": (once > 0.3).mean(),
+        "A-ESR_loose_one_to_one": (once > 0.1).mean(),
         "AS_all": (wanted @ found.T).numpy().clip(0, 1).max(axis=1).mean(),
-        "AS_controls": (unseen @ found[centres].T).numpy().clip(0, 1).max(axis=1).mean(),
+        "AS_controls": other.mean(),
+        "A-ESR_strict_controls": (other > 0.3).mean(),
+        "A-ESR_loose_controls": (other > 0.1).mean(),
+        "AS (mini-clip)": (judged["t"] @ judged["x"].T).clip(0, 1).max(axis=1).mean(),
+        "AS_controls (mini-clip)": (judged["c"] @ judged["x"].T).clip(0, 1).max(axis=1).mean(),
+        "PSNR": psnr(pictures(ORIGINALS)),
+        "PSNR_controls": psnr(pictures(3, seed=9)),
         "n_scored": ORIGINALS,
     }
     assert scores == pytest.approx(read(extract, "scores.json") | expected, abs=1e-5)
     assert scores["AS_all"] >= scores["AS"] >= scores["AS_one_to_one"]
     assert matches["match"].tolist() == [centres[i] for i in cosines.argmax(axis=1)]
     assert matches["similarity"] == pytest.approx(best, abs=1e-5)
+    assert matches["control_similarity"] == pytest.approx((unseen @ found[centres].T).numpy().max(axis=1), abs=1e-5)
+
+
+def features(judge: str, images: np.ndarray) -> np.ndarray:
+    return quality.features(quality.load_judge(judge), images)
+
+
+def test_a_score_is_judged_by_the_named_network_or_none(place, model, controls, tmp_path):
+    judge = str(tiny.save_judge("vit", tmp_path / "ruler"))
+    extract = Extract(place(model, copies()), ORIGINALS)
+    named, bare = (Score(extract, controls=controls, judge=name, strict=0.3, loose=0.1) for name in (judge, ""))
+    found = generated_pictures(extract.generate, read(extract, "extraction.json")["centres"])
+    cosines = features(judge, pictures(ORIGINALS)) @ features(judge, found).T
+    assert read(named, "scores.json")["AS (ruler)"] == pytest.approx(cosines.clip(0, 1).max(axis=1).mean(), abs=1e-5)
+    assert set(read(named, "scores.json")) - set(read(bare, "scores.json")) == {"AS (ruler)", "AS_controls (ruler)"}
+    before = results.digest(named)
+    tiny.save_judge("vit", Path(judge), seed=1)
+    assert results.digest(named) != before
+    with pytest.raises(FileNotFoundError, match="nobody"):
+        results.run([replace(named, judge="nobody")])
+
+
+# what the scores are held against
+
+
+def test_never_trained_images_stand_for_the_extracted_ones(runs, training, controls, tiny_sd):
+    spec = Reference("controls", (training,), str(tiny_sd), controls=controls, strict=0.3, loose=0.1)
+    wanted, others = (
+        load_images(tuple(load_item(training.item, "x").training), 16),
+        load_images(tuple(Path(controls) / f"{i}.png" for i in range(3)), 16),
+    )
+    cosines = (described(wanted) @ described(others).T).numpy()
+    best, scores = cosines.clip(0, 1).max(axis=1), read(spec, "scores.json")
+    rows, columns = linear_sum_assignment(-cosines)
+    assert scores["AS"] == pytest.approx(best.mean(), abs=1e-5)
+    assert scores["A-ESR_strict"] == (best > 0.3).mean()
+    assert scores["AS_one_to_one"] == pytest.approx(cosines[rows, columns].clip(0, 1).sum() / ORIGINALS, abs=1e-5)
+    assert (scores["n_scored"], scores["n_extracted"]) == (ORIGINALS, 3)
+    assert not any("controls" in name for name in scores)
+    many = save_pictures(Path(controls).parent / "many", pictures(7, seed=9))
+    assert read(replace(spec, controls=str(many)), "scores.json")["n_extracted"] == ORIGINALS, (
+        "not more than trained on"
+    )
+
+
+def test_a_round_trip_through_the_autoencoder_is_the_ceiling(runs, training, tiny_sd):
+    spec = Reference("round trip", (training,), str(tiny_sd), strict=0.3, loose=0.1)
+    pipeline, images = load_pipeline(str(tiny_sd)), load_images(load_item(training.item, "x").training, 16)
+    with torch.no_grad():
+        back = torch.cat([pipeline.vae(image[None], sample_posterior=False).sample for image in images]).clamp(-1, 1)
+    expected = (described(images) @ described(back).T).numpy().clip(0, 1).max(axis=1).mean()
+    scores = read(spec, "scores.json")
+    assert scores["AS"] == pytest.approx(expected, abs=2e-3)  # the training images enter as 8-bit squares
+    assert scores["PSNR"] < 58
+    shipped = read(Reference("round trip", (TrainingItem("style/mimooh", first=3),)), "scores.json")
+    assert shipped["AS"] > 0.9
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"of": "noise"}, "unknown reference 'noise': choose from controls, round trip"),
+        ({"training": ()}, "training is empty"),
+        ({"loose": 7.0}, "threshold"),
+    ],
+)
+def test_a_wrong_reference_is_refused(change, message, training):
+    with pytest.raises(ValueError, match=message):
+        Reference(**{"of": "controls", "training": (training,)} | change)
+
+
+def test_a_reference_to_controls_that_nobody_has_is_refused(runs, training):
+    with pytest.raises(ValueError, match="bring no controls along: name a folder"):
+        results.run([Reference("controls", (training,))])
+    assert not runs.exists()
 
 
 def test_generated_copies_of_the_training_images_are_all_found(place, model):

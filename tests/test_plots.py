@@ -13,6 +13,7 @@ from matplotlib.patches import FancyArrowPatch
 from PIL import Image
 
 from fx import plots
+from fx.metrics import mean_interval
 from fx.paths import COMPLETE
 from fx.sampling import ARMS
 
@@ -270,6 +271,72 @@ def test_save_writes_a_readable_picture_per_name_and_profile(tmp_path, monkeypat
         assert np.asarray(image.convert("L")).std() > 1, "an empty picture"
     assert plots.save(figure, "table01", "mini") != path
     assert len(list((tmp_path / "figures").iterdir())) == 2
+
+
+def compared(gains=(0.1, -0.02, 0.3), arm="finextract", baseline="cfg") -> pd.DataFrame:
+    """Scores of two arms on the items of two blocks, of which the second gains 0.05 in each."""
+    rows = []
+    for block, found in (("b", gains), ("a", [0.05, 0.06])):
+        for item, gain in enumerate(found):
+            level = 0.2 + 0.1 * item
+            rows += [{"block": block, "item": item, "arm": baseline, "AS": level}]
+            rows += [{"block": block, "item": item, "arm": arm, "AS": level + gain}]
+    return pd.DataFrame(rows)
+
+
+def test_paired_differences_shows_every_item_with_mean_and_t_interval():
+    figure = plots.paired_differences(compared(), "finextract", "cfg")
+    (axes,) = figure.axes
+    figure.canvas.draw()
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["b", "a"]
+    points = [np.asarray(found.get_offsets()) for found in axes.collections if len(found.get_offsets())]
+    assert sorted(np.concatenate(points)[:, 0]) == pytest.approx([-0.02, 0.05, 0.06, 0.1, 0.3])
+    drawn = [np.asarray(line.get_xdata(), float) for line in axes.lines]
+    ends = [(np.nanmin(x), np.nanmax(x)) for x in drawn if len(x) > 1]
+    for gains in ([0.1, -0.02, 0.3], [0.05, 0.06]):
+        assert any(end == pytest.approx(mean_interval(gains)) for end in ends)
+    assert [text.get_text() for text in axes.texts] == ["2 of 3 above 0", "2 of 2 above 0"]
+    assert axes.get_xlabel() == "AS: FineXtract - CFG"
+
+
+def test_forest_draws_an_interval_per_row_filled_where_it_excludes_0():
+    table = pd.DataFrame(
+        {"difference": [0.1, -0.1, 0.02, 0.3], "low": [0.05, -0.2, -0.01, np.nan], "high": [0.15, -0.01, 0.05, np.nan]}
+    )
+    (axes,) = plots.forest(table, ["one", "two", "three", "single"]).axes
+    points = [line for line in axes.lines if line.get_marker() == "o"]
+    assert [line.get_xdata()[0] for line in points] == [0.1, -0.1, 0.02, 0.3]
+    assert [line.get_fillstyle() for line in points] == ["full", "full", "none", "none"]
+    spans = [list(line.get_xdata()) for line in axes.lines[1:] if line.get_marker() != "o"]
+    assert spans == [[0.05, 0.15], [-0.2, -0.01], [-0.01, 0.05]]
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["one", "two", "three", "single"]
+    assert axes.yaxis_inverted(), "the first row is on top"
+    left, right = plots.forest(table, ["one", "two"] * 2, "AS", ["cfg", "cfg", "direct", "direct"]).axes
+    assert (left.get_title(), right.get_title()) == ("cfg", "direct")
+    assert [line.get_xdata()[0] for line in right.lines if line.get_marker() == "o"] == [0.02, 0.3]
+    assert [line.get_ydata()[0] for line in right.lines if line.get_marker() == "o"] == [0, 1]
+
+
+def test_success_curves_are_the_shares_above_every_threshold():
+    rows = pd.DataFrame(
+        {
+            "block": "b",
+            "arm": "cfg",
+            "of": ["training"] * 4 + ["controls"] * 2,
+            "similarity": [0.2, 0.9, 0.5, 0.6, 0.1, 0.3],
+        }
+    )
+    figure = plots.success_curves(rows, 0.54, 0.745)
+    (axes,) = figure.axes
+    curves = {line.get_linestyle(): line for line in axes.lines if line.get_color() == plots.ARM_COLOURS["cfg"]}
+    for style, values in (("-", [0.2, 0.9, 0.5, 0.6]), ("--", [0.1, 0.3])):
+        x, y = (np.asarray(part) for part in curves[style].get_data())
+        assert curves[style].get_drawstyle() == "steps-post"
+        for tau in (-0.5, 0.0, 0.15, 0.25, 0.55, 0.7, 0.95):
+            assert y[np.searchsorted(x, tau, side="right") - 1] == pytest.approx(np.mean(np.array(values) > tau))
+    assert {line.get_xdata()[0] for line in axes.lines if line.get_color() == "0.7"} == {0.54, 0.745}
+    (legend,) = figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == ["CFG", "training images", "controls"]
 
 
 def test_picture_table_titles_its_columns_once_and_writes_under_single_rows():

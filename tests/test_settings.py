@@ -8,7 +8,8 @@ import pytest
 import yaml
 
 from fx import results, settings
-from fx.evaluation import Quality, Score
+from fx.datasets import load_item
+from fx.evaluation import Quality, Reference, Score
 from fx.extraction import Extract
 from fx.finetune import METHODS, FineTune, TrainingItem
 from fx.paths import NOTEBOOKS, ROOT
@@ -138,9 +139,10 @@ def test_every_arm_has_its_own_scales(arm, w, k):
 def test_score_extracts_as_many_images_as_were_learned_from_n_over_n0_times_as_many():
     model = ODD.fine_tune(TrainingItem("style/mimooh", first=3), TrainingItem("object/rooster", first=2))
     generate = Generate(model, "cfg", 2.3, 0.0, 35, None, 11, "dpm++", "bfloat16", 43)
-    assert ODD.score(model, "cfg") == Score(Extract(generate, 5, "a-descriptor"))
+    assert ODD.score(model, "cfg") == Score(Extract(generate, 5, "a-descriptor"), judge="a-judge")
     chosen = ODD.score(model, "cfg", n_training=4, n_generated=9, rule="peaks", sampler="ddim")
-    assert chosen == Score(Extract(replace(generate, n_generated=9, sampler="ddim"), 4, "a-descriptor", rule="peaks"))
+    extract = Extract(replace(generate, n_generated=9, sampler="ddim"), 4, "a-descriptor", rule="peaks")
+    assert chosen == Score(extract, judge="a-judge")
     named = (TrainingItem("style/mimooh", first=2),)
     theirs = ODD.score(Checkpoint("theirs"), "cfg", training=named)
     assert (theirs.training, theirs.extract.n_training, theirs.extract.generate.n_generated) == (named, 2, 14)
@@ -229,3 +231,13 @@ def test_no_notebook_with_a_parameter_change_repeats_a_chosen_number():
     on_settings = {name: cell for name, cell in PARAMETERS.items() if re.search(r"^change = ", cell, re.MULTILINE)}
     repeated = {name: written_numbers(cell) & chosen_rates() for name, cell in on_settings.items()}
     assert not any(repeated.values()), repeated
+
+
+def test_references_are_the_round_trip_and_the_controls_where_there_are_any():
+    found = ODD.references("style/mimooh", TrainingItem("object/rooster", first=2))
+    items = (TrainingItem("style/mimooh"), TrainingItem("object/rooster", first=2))
+    assert list(found) == ["controls", "round trip"]
+    for of, spec in found.items():
+        assert spec == Reference(of, items, ODD.base, "a-descriptor", judge="a-judge")
+    assert not load_item("style/jonathan-dietrich").controls
+    assert list(ODD.references("style/jonathan-dietrich")) == ["round trip"]
