@@ -359,3 +359,24 @@ def forest(differences: pd.DataFrame, by: list[str], panel: str = "score", xlabe
     axes[0, 0].set(yticks=range(len(labels)), yticklabels=labels)
     axes[0, 0].invert_yaxis()
     return figure
+
+
+def picture_table(
+    rows: dict[str, np.ndarray], columns: list[str], under: dict[str, list[str]] | None = None, width: float = 0.85
+) -> Figure:
+    """Rows of pictures uint8 [n, h, w, 3] under common column titles; `width` is the printed width of a picture in inches.
+
+    under: for some of the rows a text below each picture.
+    """
+    figure = picture_rows(rows, width=width)
+    figure.set_figheight(len(rows) * (width + (0.2 if under else 0.05)) + 0.4)
+    for axis, (label, pictures) in zip(figure.axes, rows.items(), strict=True):
+        step = axis.get_images()[0].get_array().shape[1] / len(columns)
+        centres = (np.arange(len(columns)) + 0.5) * step
+        if notes := (under or {}).get(label):
+            axis.set_xticks(centres[: len(notes)], notes, fontsize=8)
+            axis.tick_params(length=0, pad=2)
+        if axis is figure.axes[0]:
+            for centre, title in zip(centres, columns, strict=True):
+                axis.text(centre, -0.06 * pictures.shape[1], title, ha="center", va="bottom", fontsize=8)
+    return figure

@@ -552,3 +552,19 @@ def test_clique_drawing_leads_from_the_clique_over_its_centre_to_training_images
         (arrow,) = [artist for artist in part.artists if isinstance(artist, FancyArrowPatch)]
         (x0, _), (x1, _) = arrow._posA_posB
         assert x0 < 0 < x1, "it points from the part before into this one"
+
+
+def test_picture_table_titles_its_columns_once_and_writes_under_single_rows():
+    rows = {"direct": tiles(3), "CFG": tiles(3, seed=1)}
+    figure = plots.picture_table(rows, ["t = 961", "t = 481", "$x_0$"], under={"CFG": ["0.91", "0.75", "0.60"]})
+    first, second = figure.axes
+    assert [axes.get_ylabel() for axes in figure.axes] == list(rows)
+    assert [text.get_text() for text in first.texts] == ["t = 961", "t = 481", "$x_0$"]
+    assert not second.texts
+    step = shown(first).shape[1] / 3
+    assert [text.get_position()[0] for text in first.texts] == [0.5 * step, 1.5 * step, 2.5 * step]
+    assert not len(first.get_xticks())
+    assert [label.get_text() for label in second.get_xticklabels()] == ["0.91", "0.75", "0.60"]
+    assert list(second.get_xticks()) == [0.5 * step, 1.5 * step, 2.5 * step]
+    sizes = [text.get_fontsize() for text in [*first.texts, *second.get_xticklabels()]]
+    assert min(sizes) >= 7
