@@ -539,6 +539,7 @@ def test_clique_drawing_leads_from_the_clique_over_its_centre_to_training_images
         "its centre, extracted",
         "training images that they are most like",
     ]
+    assert [len(part.axes) for part in figure.subfigs] == [2 * 8, 1, 3], "rows of eight, one and three"
     for part, pictures, own in zip(figure.subfigs, (members, centre, training), texts, strict=True):
         used = [axes for axes in part.axes if axes.images]
         assert [axes.get_title() for axes in used] == own
