@@ -132,7 +132,7 @@ def watch(
     scales = sampling.scale_values(w, [t for t, *_ in seen])
     kind, path = prediction_type(pair.tuned), []
     for scale, (t, x, reference, target) in zip(scales, seen, strict=True):
-        guided = target if reference is None else guidance.extrapolate(reference, target, scale)
+        guided = target if reference is None else guidance.model_guidance(reference, target, scale)
         level = noise_level(pair, t)
         eps = guidance.to_epsilon(guided, kind, x, *level)
         path.append((t, x, guidance.from_epsilon(eps, "sample", x, *level)))
