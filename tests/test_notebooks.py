@@ -414,7 +414,9 @@ def test_outputs_of_notebook_02_are_exact(tmp_path):
     notebook = nbformat.read(find_notebooks(["02"])[0], 4)
     (place,) = (n for n, cell in enumerate(notebook.cells) if cell.cell_type == "code" and is_parameters(cell))
     short = "# NBVAL_IGNORE_OUTPUT\nartists, objects, starts = 1, 1, 2\nchange = 'steps_per_image=2 sampling_steps=5'"
-    chosen = next(cell for cell in notebook.cells[place + 1 :] if cell.cell_type == "code")  # shows the parameters' values
+    chosen = next(
+        cell for cell in notebook.cells[place + 1 :] if cell.cell_type == "code"
+    )  # shows the parameters' values
     own = layout.sections(notebook).index(layout.OWN_RUN)
     for cell in [chosen, *(cell for cell in notebook.cells[own:] if cell.cell_type == "code")]:
         cell.source = "# NBVAL_IGNORE_OUTPUT\n" + cell.source
