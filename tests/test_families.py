@@ -207,6 +207,16 @@ def test_samplers_that_do_not_fit_the_model_are_refused(pipelines, family, sampl
         sampling.sample(pair, CAPTION, 1, sampler=sampler)
 
 
+@pytest.mark.parametrize("sampler", ["ddim", "dpm++"])
+def test_latents_are_never_clipped_or_thresholded_whatever_the_folder_says(folders, sampler):
+    """Both are for pixels; a scheduler_config.json of a pixel model has them."""
+    pipeline = models.load_pipeline(str(folders["sd1"]))
+    pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, clip_sample=True, thresholding=True)
+    config = families.make_scheduler(pipeline, sampler).config
+    assert not config.thresholding
+    assert sampler == "dpm++" or not config.clip_sample  # DPM-Solver++ knows no clipping
+
+
 def test_zero_terminal_snr_is_walked_from_its_end_and_refused_for_eps(pipelines, folders):
     walked = families.make_scheduler(pipelines["sd2"], "ddim")
     walked.set_timesteps(4)

@@ -4,6 +4,7 @@ import copy
 import functools
 import shutil
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -297,6 +298,14 @@ def test_killed_and_run_again_the_result_is_the_same_bit_for_bit(
     assert starts == [0, saved[0] if saved else 0]
     assert np.array_equal(losses_again, losses)
     assert equal(again, weights)
+
+
+def test_the_state_is_saved_once_a_minute_has_passed_since_it_was_saved_last(spec, trained, monkeypatch):
+    clock, saved = iter(range(0, 10_000, 25)), []  # 25 seconds from one look to the next
+    monkeypatch.setattr(finetune, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    monkeypatch.setattr(finetune, "_save", lambda *arguments: saved.append(arguments[-1]))
+    trained(spec("lora"))  # six steps
+    assert saved == [3, 6]
 
 
 @pytest.mark.parametrize("method", finetune.METHODS)

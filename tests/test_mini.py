@@ -116,6 +116,14 @@ def test_warp_mirrors_about_half_of_the_pictures_and_leaves_the_others_alone():
     assert 20 <= mirrored.sum() <= 44
 
 
+def test_jitter_moves_a_little_and_mirrors_about_half_of_the_pictures():
+    rows, columns = centroids(pictures.jitter(dots(64), rng())).T
+    assert 20 <= (columns < 0).sum() <= 44
+    assert np.abs(rows).max() < 2.5
+    assert np.abs(np.abs(columns) - 8).max() < 2.5
+    assert np.abs(columns).std() > 0.3
+
+
 def test_warp_shrinks_below_zoom_one_and_leaves_white_outside():
     black = torch.full((3, 3, 16, 16), -1.0)
     seen = pictures.warp(black, rng(), zoom=(0.5, 0.5), shift=0)
@@ -310,6 +318,16 @@ def test_training_is_adamw_with_clipping_on_batches_seeded_by_their_step(tmp_pat
         optimizer.step()
     for ours, theirs in zip(trained.parameters(), model.parameters(), strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-9, rtol=0)
+
+
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+def test_the_forward_pass_has_the_precision_asked_for_and_the_weights_stay_in_float32(tmp_path, precision):
+    model, seen = toy(), set()
+    model[0].register_forward_hook(lambda *call: seen.add(call[2].dtype))
+    schedule = training.Schedule(steps=2, lr=0.05)
+    average, _ = training.train(model, toy_loss, schedule, tmp_path, precision=precision)
+    assert seen == {precision}
+    assert {p.dtype for p in [*model.parameters(), *average.parameters()]} == {torch.float32}
 
 
 def test_average_is_the_exponential_moving_average_of_the_parameters(uninterrupted):
@@ -939,6 +957,25 @@ def test_pretraining_rows_leave_out_artists_titles_and_alike_pictures(works, emo
     others = set(range(38, 50)) | set(rows.index[rows.title == "car"]) | {start + n for n in (2, 4, 5, 8, 9, 10)}
     others |= set(rows.index[(rows.title == "pear") & (rows.author == "Ann")])
     assert set(kept.tolist()) == others
+
+
+def test_pretraining_rows_leave_out_what_is_alike_and_not_only_what_is_the_same(works, emoji):
+    """A shipped work with cells erased: alike above a cosine of 0.95 of their ink."""
+    work = works.pictures[2]
+    cells = np.argwhere(work[::2, ::2].min(axis=2) < 255)
+    tried = [work]
+    for row, column in cells:
+        erased = tried[-1].copy()
+        erased[2 * row : 2 * row + 2, 2 * column : 2 * column + 2] = 255
+        tried.append(erased)
+    cosines = [cosine_alike(work, picture) for picture in tried[:-1]]
+    near = next(number for number, cosine in enumerate(cosines) if 0.955 < cosine < 0.985)
+    far = next(number for number, cosine in enumerate(cosines) if 0.85 < cosine < 0.945)
+    clip_art = catalogue_of([{"author": "Eve", "title": "near"}, {"author": "Eve", "title": "far"}])
+    rows = pd.concat([works.rows, emoji.rows, clip_art], ignore_index=True)
+    seen = np.concatenate([works.pictures, emoji.pictures, [tried[near], tried[far]]])
+    kept = items.pretraining_rows(rows, seen, [{"training": [2], "controls": []}])
+    assert {len(rows) - 2, len(rows) - 1} & set(kept.tolist()) == {len(rows) - 1}
 
 
 # mini-clip

@@ -217,6 +217,21 @@ def test_one_network_answers_for_both_models_in_one_forward_pass(lora_pair, aske
     assert not any(layer._forward_hooks for layer in lora_pair.tuned.unet.modules())
 
 
+def test_one_forward_pass_scales_the_adapter_as_two_do(tiny_sd, asked):
+    """Of alpha 6 at rank 2: three times the product of its factors."""
+    first = models.load_pipeline(str(tiny_sd))
+    settings = LoraConfig(r=2, lora_alpha=6, target_modules=["to_q", "to_v"], init_lora_weights=False)
+    first.unet.add_adapter(settings)
+    first.unet.eval()
+    pair, (x, t, text) = models.ModelPair(first, first), asked
+    with torch.no_grad():
+        base, tuned = pair.predictions(("base", True), ("tuned", True), "a dog")(x, t)
+        assert torch.allclose(tuned, plain(first.unet, (x, t, text)), atol=1e-5)
+        first.unet.disable_adapters()
+        assert torch.allclose(base, plain(first.unet, (x, t, text)), atol=1e-5)
+    assert (tuned - base).abs().max() > 1e-2
+
+
 @pytest.mark.parametrize("ends", [(("base", False), ("base", True)), (("tuned", True), ("base", True))])
 def test_any_two_predictions_can_be_asked_for(lora_pair, asked, ends):
     x, t, _ = asked
