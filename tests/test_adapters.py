@@ -167,6 +167,47 @@ def test_original_names_are_those_that_diffusers_converts(loaded, family):
         assert int(converted[f"{name}.weight"]) == i, name
 
 
+# the upsamplers in the files of Stable Diffusion 1.5 and SDXL 1.0; diffusers' conversion would take them at either place
+WITHOUT_ATTENTION = {
+    "sd1": ("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+    "sdxl": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+}
+UPSAMPLERS = {"sd1": {0: "2.1", 1: "5.2", 2: "8.2"}, "sdxl": {0: "2.2", 1: "5.2"}}
+
+
+@pytest.mark.parametrize("family", WITHOUT_ATTENTION)
+def test_original_names_of_a_network_with_a_level_without_attention(family):
+    up = WITHOUT_ATTENTION[family]
+    down = tuple(name.replace("Up", "Down") for name in reversed(up))
+    sizes = {"layers_per_block": 2, "block_out_channels": (16,) * len(up)}
+    unet = tiny.unet(down_block_types=down, up_block_types=up, **sizes)
+    original = names_of_modules.original_names(unet)
+    assert original.keys() == set(names_of_modules.weighted(unet))
+    for level, place in UPSAMPLERS[family].items():
+        assert original[f"up_blocks.{level}.upsamplers.0.conv"] == f"output_blocks.{place}.conv"
+    named = {f"model.diffusion_model.{original[name]}.weight": torch.tensor(i) for i, name in enumerate(original)}
+    named |= {key.replace("weight", "bias"): torch.tensor(-1) for key in named if ".op." in key or ".conv." in key}
+    converted = convert_ldm_unet_checkpoint(named, unet.config)
+    assert {name: int(converted[f"{name}.weight"]) for name in original} == {name: i for i, name in enumerate(original)}
+
+
+def test_a_layers_scalar_and_the_bias_of_its_factor_count_as_its_product_does():
+    """LyCORIS multiplies the product by a learned scalar; peft scales what lora_B gives, its bias included."""
+    generator = torch.Generator().manual_seed(0)
+    down, up, bias, x = (torch.randn(shape, generator=generator) for shape in ((2, 4), (3, 2), (3,), (5, 4)))
+    linear = torch.nn.Linear(4, 3)
+    plain = {"down": down, "up": up, "alpha": torch.tensor(6.0)}
+    with torch.no_grad():
+        for layer, change in (
+            (plain, 3 * x @ down.T @ up.T),
+            (plain | {"scalar": torch.tensor(0.25)}, 0.75 * x @ down.T @ up.T),
+            (plain | {"up_bias": bias}, 3 * (x @ down.T @ up.T + bias)),
+            (plain | {"bias": bias}, 3 * x @ down.T @ up.T + bias),
+        ):
+            merged = adapters.merged(torch.nn.Sequential(linear), {"0": layer}, Path("file"))
+            assert torch.allclose(merged(x), linear(x) + change, atol=1e-5), layer.keys()
+
+
 def test_both_text_encoders_of_sdxl_and_mixed_names_are_all_used(loaded, tmp_path):
     base = own(loaded["sdxl"])
     tensors = factors(TO_Q) | factors("=lora_unet_middle_block_1_transformer_blocks_0_attn2_to_q", seed=1)

@@ -523,7 +523,8 @@ def test_a_schedule_kept_in_a_single_file_is_obeyed(originals, tmp_path):
     """`alphas_cumprod` of another schedule; the base model's own, in half precision, changes nothing."""
     base = originals["sd1"]
     other = DDIMScheduler(beta_start=0.0001, beta_end=0.02, beta_schedule="linear").alphas_cumprod
-    for kept in ({"alphas_cumprod": other}, {"denoiser.sigmas": ((1 - other) / other) ** 0.5}):
+    sigmas = ((1 - other) / other) ** 0.5
+    for kept in ({"alphas_cumprod": other}, {"denoiser.sigmas": sigmas}, {"denoiser.sigmas": sigmas.flip(0)}):
         file = cut(tmp_path, "sd1", lambda tensors, kept=kept: tensors | kept)
         assert torch.allclose(single_files.load(base, file)["scheduler"].alphas_cumprod, other, rtol=1e-4)
     same = {"alphas_cumprod": base.scheduler.alphas_cumprod.half()}
@@ -635,6 +636,10 @@ def test_text_encoders_are_checked_as_networks_are(folders, tmp_path, family, pa
 SCHEDULE, VAE = "scheduler/scheduler_config.json", "vae/config.json"
 SETTINGS_REFUSED = {
     "another latent scale": (lambda f: settings(f / VAE, scaling_factor=0.5), "scaling_factor is 0.18215 and 0.5"),
+    "a slightly other latent scale": (
+        lambda f: settings(f / VAE, scaling_factor=0.19),
+        "scaling_factor is 0.18215 and 0.19",
+    ),
     "another latent shift": (lambda f: settings(f / VAE, shift_factor=0.1), "shift_factor is None and 0.1"),
     "latent statistics": (
         lambda f: settings(f / VAE, latents_mean=[0.1] * 4, latents_std=[2.0] * 4),
