@@ -531,6 +531,22 @@ def test_a_schedule_kept_in_a_single_file_is_obeyed(originals, tmp_path):
     assert "scheduler" not in single_files.load(base, cut(tmp_path, "sd1", lambda tensors: tensors | same))
 
 
+@pytest.mark.parametrize(
+    ("tensors", "expected"),
+    [
+        ({"emb_params": (2, 8)}, True),
+        ({"clip_l": (2, 8), "clip_g": (2, 16)}, True),
+        ({"emb_params": (2, 8, 1)}, False),
+        ({"a": (2,), "b": (2,), "c": (2,)}, False),
+        ({"middle_block.0.weight": (2, 8)}, False),
+        ({}, False),
+    ],
+)
+def test_an_embedding_is_known_by_one_or_two_matrices_without_a_module(tmp_path, tensors, expected):
+    save_file({name: torch.zeros(shape) for name, shape in tensors.items()}, tmp_path / "a.safetensors")
+    assert checkpoints.is_embedding(tmp_path / "a.safetensors") == expected
+
+
 # folders
 
 

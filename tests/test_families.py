@@ -159,6 +159,18 @@ def test_sdxl_gets_zeros_for_no_caption_and_pooled_text_and_sizes_beside_it(pipe
     assert full.added["time_ids"].tolist() == [[16, 16, 0, 0, 16, 16]]
 
 
+def test_captions_of_a_batch_bring_all_that_belongs_to_them(pipelines):
+    """SDXL's pooled text goes with the caption of its row."""
+    first, second = (families.encode(pipelines["sdxl"], caption) for caption in ("a dog", "a cat"))
+    rows = first.followed_by(second).rows(torch.tensor([1, 0, 1]))
+    expected = [second, first, second]
+    assert torch.equal(rows.text, torch.cat([one.text for one in expected]))
+    assert rows.added.keys() == first.added.keys()
+    for name, value in rows.added.items():
+        assert torch.equal(value, torch.cat([one.added[name] for one in expected]))
+    assert not torch.equal(first.added["text_embeds"], second.added["text_embeds"])
+
+
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_a_caption_that_does_not_fit_is_refused(pipelines, family):
     with pytest.raises(ValueError, match="tokens, the text encoder reads at most 16: shorten it"):

@@ -187,6 +187,14 @@ def test_blur_keeps_plain_pictures_and_removes_fine_detail():
     assert (pictures.blur(ramp, rng()) - ramp).abs().mean() < 0.05
 
 
+def test_blur_leaves_between_a_half_and_a_fifth_of_the_rows():
+    """What is enlarged from s rows has the rank s."""
+    x = drawings(1, side=40)
+    ranks = [int(torch.linalg.matrix_rank(pictures.blur(x, rng(seed))[0, 0].double(), rtol=1e-6)) for seed in range(60)]
+    assert 8 <= min(ranks) <= 9
+    assert 18 <= max(ranks) <= 20
+
+
 def test_noise_has_a_strength_of_its_own_for_each_picture():
     strengths = pictures.noise(torch.zeros(200, 3, 16, 16), rng(), high=0.3).std((1, 2, 3))
     assert strengths.min() > 0.09
@@ -1238,6 +1246,29 @@ def test_copy_loss_is_finite_and_teaches_a_real_network():
     gradients = [p.grad for p in model.parameters()]
     assert all(g.isfinite().all() for g in gradients)
     assert all(g.abs().sum() > 0 for g in gradients)
+
+
+def test_a_copy_is_moved_and_each_edit_is_made_to_some_pictures_whatever_the_others(monkeypatch):
+    """Every edit leaves a mark in a row of its own."""
+    edits = ("recolour", "blur", "noise", "cover")
+    for row, name in enumerate(edits):
+
+        def mark(x, generator, row=row):
+            marked = x.clone()
+            marked[:, :, row] = 1
+            return marked
+
+        monkeypatch.setattr(sscd, name, mark)
+    moved = []
+    monkeypatch.setattr(sscd, "warp", lambda x, generator, **how: moved.append(how) or x)
+    made = sscd.copy(torch.zeros(3000, 3, 4, 4), rng()).mean((1, 3)).numpy()
+    ((low, high),) = ((how["zoom"]) for how in moved)
+    assert low < 1 < high
+    assert min(moved[0]["turn"], moved[0]["shift"]) > 0
+    assert ((made == 0) | (made == 1)).all()
+    assert (made.mean(0) > 0.25).all()
+    assert (made.mean(0) < 0.55).all()
+    assert abs(np.corrcoef(made.T)[np.triu_indices(4, 1)]).max() < 0.08
 
 
 def test_settle_statistics_measures_batch_norm_on_copies():

@@ -189,8 +189,13 @@ def test_main_runs_the_notebooks_in_order_into_the_folder_of_the_profile(noteboo
     assert folder.is_dir()
 
 
-def test_main_in_place_writes_over_the_notebook_itself(notebooks, executed):
+def test_main_in_place_writes_over_the_notebook_itself_and_tidies_it(notebooks, executed, monkeypatch):
+    tidied = []
+    monkeypatch.setattr(reproduce, "tidy", tidied.append)
+    reproduce.main(["03"])
+    assert (tidied, executed.pop()[1].name) == ([], "03-extraction.ipynb")
     reproduce.main(["01", "--in-place"])
+    assert tidied == [notebooks / "01-fine-tuning.ipynb"]
     ((source, target, values, _),) = executed
     assert Path(source) == Path(target) == notebooks / "01-fine-tuning.ipynb"
     assert values == {}
