@@ -1,8 +1,10 @@
 """What an evaluator adds: scores and quality against computations by hand; checkpoints of others from end to end."""
 
+import copy
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -261,6 +263,20 @@ def test_without_training_images_a_score_is_refused_with_the_way_out(place, chec
         results.run([Extract(generate, ORIGINALS), kind(inner)])
     assert not results.RUNS.exists(), "nothing was begun"
     assert results.digest(kind(inner, (training,)))
+
+
+def test_the_round_trip_is_the_autoencoders_most_likely_latent_decoded_and_clipped(tiny_pipeline):
+    """In batches of any size; the autoencoder is one that reaches beyond [-1, 1]."""
+    vae, images = tiny_pipeline.vae, from_uint8(pictures(5))
+    vivid = copy.deepcopy(vae)
+    with torch.no_grad():
+        vivid.decoder.conv_out.weight.mul_(20)
+        mean, _ = vivid.quant_conv(vivid.encoder(images)).chunk(2, dim=1)
+        expected = vivid.decoder(vivid.post_quant_conv(mean))
+    assert expected.abs().max() > 1
+    pipeline = SimpleNamespace(vae=vivid)
+    for batch_size in (2, 16):
+        assert torch.allclose(evaluation.round_trip(pipeline, images, batch_size), expected.clamp(-1, 1), atol=1e-3)
 
 
 # quality
