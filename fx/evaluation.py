@@ -6,14 +6,12 @@ from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
-import torch
-from diffusers import StableDiffusionPipeline
-from torch import Tensor, nn
+from torch import nn
 
 from fx import checkpoints, metrics, quality, results
 from fx.datasets import Item, from_uint8, load_images, load_item, open_image, to_uint8
 from fx.extraction import Extract
-from fx.families import image_size
+from fx.families import image_size, round_trip
 from fx.finetune import FineTune, TrainingItem, load_training
 from fx.models import ModelPair, load_pipeline, model_folder
 from fx.sampling import Generate, generated_pictures, picture_file, prompt, sample
@@ -144,8 +142,11 @@ def _(spec: Reference) -> dict[str, str]:
     named = _images_and_judge(spec)
     if spec.of == "controls" and not any(name.startswith("control") for name in named):
         raise ValueError(f"{spec.training} bring no controls along: name a folder of never-trained images as controls")
-    named["descriptor"] = results.sha256_of(descriptor_path(spec.descriptor)[0])
-    return named | ({"base": results.sha256_of(model_folder(spec.base))} if spec.of == "round trip" else {})
+    files = {
+        "descriptor": descriptor_path(spec.descriptor)[0],
+        "base": model_folder(spec.base),
+    }  # the base has the size
+    return named | {name: results.sha256_of(path) for name, path in files.items()}
 
 
 @results.perform.register
@@ -186,7 +187,7 @@ def _(spec: Reference, folder: Path) -> None:
     if spec.of == "controls":
         instead = View.of(controls[: len(paths)], side, network)
     else:
-        images = round_trip(base, from_uint8(training.pictures))
+        images = round_trip(base.vae, from_uint8(training.pictures))
         instead = View(to_uint8(images), descriptors(network, images))
     scores = {name: value for name, value in compare(spec, training, instead, None).items() if "controls" not in name}
     scores |= {"n_scored": len(training.pictures), "n_extracted": len(instead.pictures)}
@@ -231,14 +232,6 @@ def compare(spec: Score | Reference, training: View, extracted: View, controls: 
             name = quality.column("AS", spec.judge).replace("AS", f"AS{suffix}", 1)
             scores[name] = view and metrics.average_similarity(quality.features(judge, view.pictures), seen)
     return scores
-
-
-@torch.no_grad()
-def round_trip(pipeline: StableDiffusionPipeline, images: Tensor, batch_size: int = 16) -> Tensor:
-    """Images [n, 3, h, w] in [-1, 1] through the autoencoder and back, by the mode of the posterior; values clipped."""
-    vae = pipeline.vae
-    parts = [vae.encode(part.to(vae.device, vae.dtype)).latent_dist.mode() for part in images.split(batch_size)]
-    return torch.cat([vae.decode(part).sample.float().cpu().clamp(-1, 1) for part in parts])
 
 
 @results.inputs.register

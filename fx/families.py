@@ -206,6 +206,13 @@ def decode(pipeline: DiffusionPipeline, latents: Tensor, chunk: int = 16) -> Ten
     return torch.cat([vae.decode(part).sample for part in parts])
 
 
+@torch.no_grad()
+def round_trip(vae: nn.Module, images: Tensor, chunk: int = 16) -> Tensor:
+    """Images [n, 3, h, w] in [-1, 1] encoded (mode of the posterior) and decoded again: float32 on the CPU, clipped."""
+    parts = (vae.encode(part.to(vae.device, vae.dtype)).latent_dist.mode() for part in images.split(chunk))
+    return torch.cat([vae.decode(part).sample.float().cpu().clamp(-1, 1) for part in parts])
+
+
 def latent_statistics(vae: nn.Module) -> tuple[Tensor, Tensor]:
     """Scale and shift [1, c, 1, 1]: the network's latents are (the autoencoder's - shift) * scale, by its config.json.
 

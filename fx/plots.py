@@ -30,6 +30,16 @@ ARM_LABELS = {
     "conditional_only": "conditional only",
     "model_guidance": "model guidance",
 }
+LABELS = ARM_LABELS | {
+    "style": "artists",
+    "object": "objects",
+    "dreambooth": "DreamBooth",
+    "lora": "LoRA",
+    "A-ESR_strict": r"A-ESR, strict $\tau$",
+    "A-ESR_loose": r"A-ESR, loose $\tau$",
+    "AS_one_to_one": "AS, one to one",
+    "A-ESR_strict_one_to_one": r"A-ESR, strict $\tau$, one to one",
+}
 plt.style.use(Path(__file__).with_name("figure.mplstyle"))
 
 
@@ -44,7 +54,7 @@ def show_row(axes: Axes, pictures: np.ndarray, label: str, gap: int = 2) -> None
 
 def add_note(axes: Axes, left: float, bottom: float, note: str) -> None:
     """A short text in the lower left corner of a picture, whose place on the axes is given in pixels."""
-    axes.text(left + 1, bottom - 2, note, fontsize=6, va="bottom", bbox={"facecolor": "white", "pad": 0.8, "lw": 0})
+    axes.text(left + 1, bottom - 2, note, fontsize=7, va="bottom", bbox={"facecolor": "white", "pad": 0.8, "lw": 0})
 
 
 def picture_rows(
@@ -166,8 +176,7 @@ def paired_differences(
         own = gains[gains[block] == name].gain
         note = f"{(own > 0).sum()} of {len(own)} above 0"
         axes.annotate(note, (1.01, place), xycoords=("axes fraction", "data"), va="center")
-    label = ARM_LABELS.get(arm, arm), ARM_LABELS.get(baseline, baseline)
-    axes.set(xlabel=f"{score}: {label[0]} - {label[1]}", ylabel="")
+    axes.set(xlabel=f"{LABELS.get(score, score)}: {LABELS.get(arm, arm)} - {LABELS.get(baseline, baseline)}", ylabel="")
     return figure
 
 
@@ -317,18 +326,6 @@ def training_phases(phases: dict[str, pd.DataFrame], panels: dict[str, tuple[str
         axis.set(title=title, xlabel="million pictures seen", yscale=scale)
     axes[0, 0].legend(fontsize=8)
     return figure
-
-
-LABELS = ARM_LABELS | {
-    "style": "artists",
-    "object": "objects",
-    "dreambooth": "DreamBooth",
-    "lora": "LoRA",
-    "A-ESR_strict": r"A-ESR, strict $\tau$",
-    "A-ESR_loose": r"A-ESR, loose $\tau$",
-    "AS_one_to_one": "AS, one to one",
-    "A-ESR_strict_one_to_one": r"A-ESR, strict $\tau$, one to one",
-}
 
 
 def forest(differences: pd.DataFrame, by: list[str], panel: str = "score", xlabel: str = "difference") -> Figure:

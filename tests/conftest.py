@@ -1,5 +1,6 @@
 """A tiny random pipeline of the stock classes, a folder of pictures and a work area of its own, for all test files."""
 
+import copy
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,13 +15,13 @@ import pytest
 import supported
 import tiny
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import DDIMScheduler, StableDiffusionPipeline
 from hypothesis import settings
 from PIL import Image
 
 from fx import results
 from fx.mini.sd import scheduler
-from fx.models import load_pipeline
+from fx.models import ModelPair, load_pipeline
 from fx.sampling import Generate, picture_file, save_picture
 
 settings.register_profile("fx", deadline=None)  # a busy machine is no failure
@@ -110,3 +111,16 @@ def place(runs) -> Iterator[Callable]:
     results.perform.register(Generate, perform)
     yield put
     results.perform.register(Generate, original)
+
+
+@pytest.fixture(scope="module")
+def pair(tiny_pipeline) -> ModelPair:
+    """The tiny base model and a theta' whose weights are moved by noise."""
+    tuned = copy.copy(tiny_pipeline)
+    tuned.unet = copy.deepcopy(tiny_pipeline.unet)
+    tuned.scheduler = DDIMScheduler.from_config(tiny_pipeline.scheduler.config)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in tuned.unet.parameters():
+            parameter += 0.03 * torch.randn(parameter.shape, generator=generator)
+    return ModelPair(tiny_pipeline, tuned)

@@ -1,12 +1,10 @@
 """The known distribution q: its exact prediction and the fits against it, by closed forms and independent computations."""
 
-import copy
 import math
 
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy import optimize, stats
@@ -16,7 +14,6 @@ from fx import empirical, guidance, sampling
 from fx.datasets import load_images
 from fx.families import denoise, encode
 from fx.mini.sd import scheduler
-from fx.models import ModelPair
 
 CAPTION = "a dog"
 SHAPE = (4, 4, 4)
@@ -25,19 +22,6 @@ LEVELS = [(0.999, math.sqrt(1 - 0.999**2)), (0.8, 0.6), (0.07, math.sqrt(1 - 0.0
 
 def draw(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-@pytest.fixture(scope="module")
-def pair(tiny_pipeline) -> ModelPair:
-    """The tiny base model and a theta' whose weights are moved by noise."""
-    tuned = copy.copy(tiny_pipeline)
-    tuned.unet = copy.deepcopy(tiny_pipeline.unet)
-    tuned.scheduler = DDIMScheduler.from_config(tiny_pipeline.scheduler.config)
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in tuned.unet.parameters():
-            parameter += 0.03 * torch.randn(parameter.shape, generator=generator)
-    return ModelPair(tiny_pipeline, tuned)
 
 
 # the exact prediction

@@ -4,7 +4,6 @@ import copy
 import json
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,6 +19,7 @@ from fx import evaluation, quality, results
 from fx.datasets import from_uint8, load_images, load_item
 from fx.evaluation import Quality, Reference, Score, method_pictures, read_matches, scored_images, thresholds
 from fx.extraction import Extract
+from fx.families import round_trip
 from fx.finetune import LORA_LAYERS, FineTune, TrainingItem
 from fx.models import LORA_FILE, load_pipeline
 from fx.sampling import Generate, generated_pictures
@@ -274,9 +274,8 @@ def test_the_round_trip_is_the_autoencoders_most_likely_latent_decoded_and_clipp
         mean, _ = vivid.quant_conv(vivid.encoder(images)).chunk(2, dim=1)
         expected = vivid.decoder(vivid.post_quant_conv(mean))
     assert expected.abs().max() > 1
-    pipeline = SimpleNamespace(vae=vivid)
     for batch_size in (2, 16):
-        assert torch.allclose(evaluation.round_trip(pipeline, images, batch_size), expected.clamp(-1, 1), atol=1e-3)
+        assert torch.allclose(round_trip(vivid, images, batch_size), expected.clamp(-1, 1), atol=1e-3)
 
 
 # quality

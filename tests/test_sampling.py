@@ -31,19 +31,6 @@ KEPT = np.cumprod(1 - np.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2)
 
 
 @pytest.fixture(scope="module")
-def pair(tiny_pipeline) -> ModelPair:
-    """The tiny base model and a theta' whose weights are moved by noise."""
-    tuned = copy.copy(tiny_pipeline)
-    tuned.unet = copy.deepcopy(tiny_pipeline.unet)
-    tuned.scheduler = DDIMScheduler.from_config(tiny_pipeline.scheduler.config)
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in tuned.unet.parameters():
-            parameter += 0.03 * torch.randn(parameter.shape, generator=generator)
-    return ModelPair(tiny_pipeline, tuned)
-
-
-@pytest.fixture(scope="module")
 def same_pair(tiny_pipeline) -> ModelPair:
     """A pair without fine-tuning: theta' is theta."""
     return ModelPair(tiny_pipeline, tiny_pipeline)

@@ -56,15 +56,20 @@ def encode_captions(text: CLIPTextModel, tokenizer: CLIPTokenizer, captions: lis
     return torch.cat([text(tokenize(tokenizer, part)).last_hidden_state.half() for part in parts])
 
 
+def min_snr_weights(gamma: float = 5.0) -> Tensor:
+    """min(SNR, gamma) / SNR of every timestep, float32 [1000] (Hang et al., 2023)."""
+    kept = scheduler().alphas_cumprod
+    snr = kept / (1 - kept)
+    return snr.clamp(max=gamma) / snr
+
+
 def diffusion_loss(latents: Tensor, choices: list[list[int]], texts: Tensor, empty: Tensor, batch=32, gamma=5.0):
     """The loss function for `training.train`: eps mean squared error, 10% caption dropout, min-SNR-gamma weights.
 
     latents: [n, 32, 8, 8], scaled; choices[i]: rows of `texts` that caption picture i; empty: [32, 192], the encoded
-    empty prompt. The weights min(SNR, gamma) / SNR are those of Hang et al. (2023).
+    empty prompt. The weights are `min_snr_weights`.
     """
-    noising = scheduler()
-    snr = noising.alphas_cumprod / (1 - noising.alphas_cumprod)
-    weights = snr.clamp(max=gamma) / snr
+    noising, weights = scheduler(), min_snr_weights(gamma)
 
     def loss(model: UNet2DConditionModel, rng: torch.Generator) -> dict[str, Tensor]:
         chosen = torch.randint(len(latents), (batch,), generator=rng).tolist()
@@ -92,7 +97,6 @@ def held_out_loss(
     of the pictures belongs to the measurement.
     """
     noising, rng = scheduler(), torch.Generator().manual_seed(1)
-    snr = noising.alphas_cumprod / (1 - noising.alphas_cumprod)
     errors, steps = [], []
     for repeat in range(repeats):
         t = (torch.arange(len(latents)) * 1000 // len(latents) + 37 * repeat) % 1000
@@ -103,7 +107,7 @@ def held_out_loss(
             errors.append(F.mse_loss(predicted, eps[part], reduction="none").mean(dim=(1, 2, 3)))
         steps.append(t)
     error, t = torch.cat(errors), torch.cat(steps)
-    return {"loss": (snr.clamp(max=gamma) / snr)[t].mul(error).mean().item(), "mse": error.mean().item()}
+    return {"loss": min_snr_weights(gamma)[t].mul(error).mean().item(), "mse": error.mean().item()}
 
 
 def assemble(unet, vae, clip: CLIPModel, tokenizer: CLIPTokenizer, scale: float) -> StableDiffusionPipeline:

@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKL
 from torch import Tensor
 
+from fx.families import round_trip
 from fx.mini.pictures import recolour, to_float, warp
 
 
@@ -52,11 +53,9 @@ def decoder_only(model: AutoencoderKL) -> AutoencoderKL:
     return model
 
 
-@torch.no_grad()
 def rebuild(model: AutoencoderKL, pictures: Tensor, batch: int = 64) -> Tensor:
     """Pictures encoded and decoded again: uint8 [n, 3, 64, 64] to float32 [n, 3, 64, 64] in [-1, 1]."""
-    parts = [model.decode(model.encode(to_float(part)).latent_dist.mode()).sample for part in pictures.split(batch)]
-    return torch.cat(parts).clamp(-1, 1)
+    return round_trip(model, to_float(pictures), batch)
 
 
 def ratio(pictures: Tensor, rebuilt: Tensor) -> Tensor:
