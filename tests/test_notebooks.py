@@ -18,7 +18,7 @@ import pytest
 
 from fx import plots, results, tables
 from fx.evaluation import Score
-from fx.paths import NOTEBOOKS, ROOT
+from fx.paths import COMPLETE, NOTEBOOKS, ROOT, SHIPPED_FIGURES, SHIPPED_TABLES
 from fx.reproduce import DEFAULTS, NOT_BY_DEFAULT, find_notebooks, parameters, profiles
 
 ALL = sorted(NOTEBOOKS.glob("[0-9][0-9]-*.ipynb"))
@@ -320,6 +320,7 @@ FLAWS = {
     "cell 6 has stored another table": edited(6, outputs=[shown(text_html=html("arm|direct|cfg", "AS|0.25|0.3"))]),
     "cell 7 has stored another text": edited(7, outputs=[printed("0.34 at most\n")]),
     "cell 9 has stored another table or figure": edited(9, outputs=[shown(image_png="bm8=", text_plain="<IPython>")]),
+    "shows others, which is not committed": edited(4, source="tables.complete('others')"),
     "depends on this run": edited(6, source="scores = tables.complete('scores')\nresults.run([])"),
     "cell 7 shows the complete run and depends on this run": edited(7, source="print(len(scores), results.run([]))"),
 }
@@ -329,6 +330,12 @@ FLAWS = {
 def test_every_flaw_of_a_notebook_is_seen(good, nothing_runs, message):
     FLAWS[message](good.cells)
     assert [fault for fault in faults(good) if message in fault]
+
+
+def test_what_is_said_to_be_not_there_yet_is_not_there():
+    for name in committed.NOT_YET:
+        assert not (SHIPPED_TABLES / COMPLETE / f"{name}.csv").exists(), f"take {name} out of committed.NOT_YET"
+        assert not (SHIPPED_FIGURES / f"{name}-{COMPLETE}.png").exists(), f"take {name} out of committed.NOT_YET"
 
 
 @pytest.mark.parametrize("changed", ["mini/scores.csv", "as-mini.png"])
