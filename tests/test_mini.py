@@ -1602,6 +1602,8 @@ def test_psnr_is_that_of_each_picture():
     seen = levels.view(5, 1, 1, 1).expand(5, 3, 8, 8)
 
     class Halving:
+        device, dtype = "cpu", torch.float32
+
         def encode(self, images):
             return SimpleNamespace(latent_dist=SimpleNamespace(mode=lambda: images))
 
@@ -1617,6 +1619,8 @@ def test_rebuild_works_through_all_pictures_in_order_and_ratio_is_their_psnr():
     seen = torch.randint(0, 256, (5, 3, 8, 8), generator=rng(), dtype=torch.uint8)
 
     class Darker:
+        device, dtype = "cpu", torch.float32
+
         def encode(self, images):
             assert len(images) <= 2
             return SimpleNamespace(latent_dist=SimpleNamespace(mode=lambda: images))
@@ -1654,6 +1658,8 @@ def test_psnr_clips_the_reconstruction_to_the_range_of_pictures():
     seen = torch.full((1, 3, 8, 8), 204, dtype=torch.uint8)  # 0.6
 
     class Overshooting:
+        device, dtype = "cpu", torch.float32
+
         def encode(self, images):
             return SimpleNamespace(latent_dist=SimpleNamespace(mode=lambda: images))
 
