@@ -42,12 +42,16 @@ MANY_IN_ONE = ("MPO", "PSD")  # one picture with its previews or layers
 
 @dataclass(frozen=True)
 class Item:
-    """Training images (sorted by name), the caption they are trained with, and controls: same artist, never trained."""
+    """Training images (sorted by name), the caption they are trained with, and controls: same artist, never trained.
+
+    more: further works of the same artist, for larger training sets (fx.finetune.TrainingItem, first).
+    """
 
     name: str
     caption: str
     training: tuple[Path, ...]
     controls: tuple[Path, ...] = ()
+    more: tuple[Path, ...] = ()
 
     @property
     def n_training(self) -> int:
@@ -57,7 +61,7 @@ class Item:
 
 @cache
 def shipped(dataset: str) -> dict[str, dict]:
-    """The index of a shipped set ("style" or "object"): slug -> name, caption, split, training, controls."""
+    """The index of a shipped set ("style" or "object"): slug -> name, caption, split, training, controls, perhaps more."""
     if dataset not in SETS:
         raise ValueError(f"unknown dataset {dataset!r}: choose from {', '.join(SETS)}")
     return json.loads((DATASETS / dataset / "items.json").read_text("utf-8"))
@@ -87,8 +91,8 @@ def load_item(name: str, caption: str = "") -> Item:
     dataset, _, slug = (name := str(name)).partition("/")
     if dataset in SETS and slug in shipped(dataset):
         entry = shipped(dataset)[slug]
-        files = {role: tuple(DATASETS / dataset / image["file"] for image in entry[role]) for role in ROLES}
-        item = Item(name, caption or entry["caption"], files["training"], files["controls"])
+        files = {role: tuple(DATASETS / dataset / image["file"] for image in entry.get(role, [])) for role in ROLES}
+        item = Item(name, caption or entry["caption"], **files)
     else:
         try:
             item = _folder_item(Path(name).expanduser(), caption)
@@ -96,12 +100,12 @@ def load_item(name: str, caption: str = "") -> Item:
             raise
         except (OSError, RuntimeError) as error:  # too long, not to be listed, of no known user
             raise FileNotFoundError(f"no item {name!r}: no folder can be read there ({error})") from error
-    for path in (*item.training, *item.controls):
+    for path in (*item.training, *item.controls, *item.more):
         open_image(path)
     return item
 
 
-ROLES = ("training", "controls")
+ROLES = ("training", "controls", "more")
 
 
 def _folder_item(folder: Path, caption: str) -> Item:

@@ -29,7 +29,7 @@ class Score:
     second network that measures AS, since the descriptor has chosen what is scored (fx.quality.load_judge); "" for none.
     """
 
-    VERSION: ClassVar[int] = 2
+    VERSION: ClassVar[int] = 3
 
     extract: Extract
     training: tuple[TrainingItem, ...] = ()
@@ -154,8 +154,9 @@ def _(spec: Score, folder: Path) -> None:
     """Write scores.json and matches.json.
 
     scores.json: those of the extraction and of `compare`; AS_all, as if every generated image were extracted, which no rule
-    can surpass. matches.json: per training image its match among the extracted images, as the number of a generated image;
-    and per training image and per control the similarity to its match.
+    can surpass; AS_random, the AS to be expected if as many images were drawn at random. matches.json: per training image
+    its match among the extracted images, as the number of a generated image; and per training image and per control the
+    similarity to its match.
     """
     extracted_in = results.complete(spec.extract)
     generated, centres = np.load(extracted_in / "descriptors.npy"), extraction_sets(extracted_in)["centres"]
@@ -166,6 +167,7 @@ def _(spec: Score, folder: Path) -> None:
     scores = json.loads((extracted_in / results.SCORES).read_text()) | compare(spec, training, found, controls)
     scores |= {
         "AS_all": metrics.average_similarity(training.described, generated),
+        "AS_random": metrics.random_choice_similarity(training.described, generated, len(centres)),
         "n_scored": len(training.pictures),
     }
     chosen = np.array(centres)[(training.described @ found.described.T).argmax(axis=1)]

@@ -35,7 +35,8 @@ class TrainingItem:
     """Images that are learned under one caption.
 
     item: a shipped item ("style/mimooh") or a folder of images; caption: None for the shipped item's own, a folder needs
-    one; first: only so many of its training images, None for all.
+    one; first: only so many of its training images, or more than these, where it has further works; None for all training
+    images.
     """
 
     item: str
@@ -46,11 +47,13 @@ class TrainingItem:
 def load_training(part: TrainingItem) -> Item:
     """The images of `part` with the caption they are learned under; ValueError if it has fewer than `first` images."""
     item = load_item(part.item, part.caption or "")
-    if part.first is not None and not 1 <= part.first <= item.n_training:
+    works = (*item.training, *item.more)
+    if part.first is not None and not 1 <= part.first <= len(works):
+        further = f" and {len(item.more)} further works" if item.more else ""
         raise ValueError(
-            f"{item.name} has {item.n_training} training images: first is 1 to {item.n_training}, not {part.first}"
+            f"{item.name} has {item.n_training} training images{further}: first is 1 to {len(works)}, not {part.first}"
         )
-    return replace(item, training=item.training[: part.first])
+    return replace(item, training=item.training if part.first is None else works[: part.first])
 
 
 @dataclass(frozen=True)

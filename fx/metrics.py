@@ -53,6 +53,23 @@ def extraction_success_rate(
     return float((best_match(training, extracted, one_to_one) > threshold).mean())
 
 
+def random_choice_similarity(training: np.ndarray, generated: np.ndarray, n_extracted: int) -> float:
+    """AS in [0, 1] that is expected where the extracted set is drawn at random: all sets of that size are equally likely.
+
+    Exact, without drawing. Of N similarities in rising order the j-th is the highest of n drawn ones with probability
+    C(j-1, n-1) / C(N, n). Raises ValueError unless 1 <= n_extracted <= N, and as `best_match` for the descriptors.
+    """
+    training, generated = _unit_rows(training, "training"), _unit_rows(generated, "generated")
+    n, of = n_extracted, len(generated)
+    if not 1 <= n <= of:
+        raise ValueError(f"{n} images cannot be drawn from {of} generated ones: give a number between 1 and {of}")
+    weights = np.zeros(of)
+    weights[-1] = n / of
+    for j in range(of - 1, n - 1, -1):  # C(j-1, n-1) out of C(j, n-1)
+        weights[j - 1] = weights[j] * (j - n + 1) / j
+    return float((np.sort(np.clip(training @ generated.T, 0, 1), axis=1) @ weights).mean())
+
+
 def psnr(images: np.ndarray, others: np.ndarray) -> np.ndarray:
     """Peak signal-to-noise ratio of every pair, in dB: float64 [m, k] of uint8 images [m, h, w, 3] and [k, h, w, 3].
 

@@ -185,7 +185,8 @@ def pipeline_class(folder: Path) -> tuple[type, bool, dict]:
     index = checkpoints.read_json(folder / "model_index.json")
     named = index.get("_class_name")
     kinds = {kind.__name__: kind for kind in PIPELINES}
-    alt = named == "AltDiffusionPipeline"
+    encoder = index.get("text_encoder")
+    alt = named == "AltDiffusionPipeline" or (isinstance(encoder, list) and "AltTextEncoder" in encoder)
     if not isinstance(named, str) or not (alt or named in kinds):
         known = ", ".join([*kinds, "AltDiffusionPipeline"])
         raise ValueError(f"{folder} is a {named}, which is not supported; supported are {known}")

@@ -131,24 +131,52 @@ def scores_by_arm(rows: pd.DataFrame, score: str = "AS", block: str = "block") -
     return figure
 
 
-def score_curves(rows: pd.DataFrame, x: str, score: str = "AS", block: str = "method") -> Figure:
-    """Mean score over a setting `x`, one panel per block, one line per guided arm with its 95% t-interval.
+SYMBOLS = {
+    "guidance_scale": "guidance scale $w'$",
+    "correction_scale": "correction scale $k$",
+    "n_training": "training images $N_0$",
+    "images_per_training": r"generated images, $N\,/\,N_0$",
+    "steps_per_image": "training steps per image",
+    "evaluations": "network evaluations per image",
+    "rank": "rank of the LoRA",
+}
 
-    Rows of the arm direct, which has no such setting, are a dashed line at their mean.
+
+def score_curves(
+    rows: pd.DataFrame, x: str, score: str = "AS", block: str = "method", lines: str = "arm", log: bool = False
+) -> Figure:
+    """Mean score over a quantity `x`, one panel per block, one line per arm with its 95% t-interval over items.
+
+    lines: the column that tells the lines apart, if it is not the arm. What has a single x where others have several, like
+    direct sampling, which has no scale, is a dashed line at its mean. log: whether x has a logarithmic axis.
     """
     blocks = list(dict.fromkeys(rows[block]))
     figure, axes = plt.subplots(1, len(blocks), figsize=(3.6 * len(blocks), 2.6), sharey=True, squeeze=False)
-    arms = [arm for arm in known_arms(rows) if arm != "direct"]
+    kinds = known_arms(rows) if lines == "arm" else list(dict.fromkeys(rows[lines]))
+    colours = ARM_COLOURS if lines == "arm" else dict(zip(kinds, sns.color_palette("colorblind"), strict=False))
+    markers = dict(zip(kinds, "osD^vP*X<>", strict=False))  # told apart in grey too
+    values = {kind: set(rows[rows[lines] == kind][x]) for kind in kinds}
+    flat = {kind for kind in kinds if len(values[kind]) == 1 < len(set().union(*values.values()))}
+    common = {"hue_order": kinds, "palette": colours, "style_order": kinds, "dashes": False, "markers": markers}
     for axis, name in zip(axes[0], blocks, strict=True):
-        shown = rows[rows[block] == name]
-        common = {"hue": "arm", "hue_order": arms, "palette": ARM_COLOURS, "legend": name == blocks[-1]}
-        guided = shown[shown.arm != "direct"]
-        sns.lineplot(guided, x=x, y=score, marker="o", errorbar=mean_interval, ax=axis, **common)
-        if (direct := shown[shown.arm == "direct"][score]).size:
-            axis.axhline(direct.mean(), color=ARM_COLOURS["direct"], linestyle="--", label="direct")
-        axis.set(title=name, xlabel=x.replace("_", " "))
-    handles, labels = axis.get_legend_handles_labels()
-    axis.legend(handles, [ARM_LABELS[label] for label in labels], loc="upper left", bbox_to_anchor=(1, 1))
+        panel = rows[rows[block] == name]
+        curves = panel[~panel[lines].isin(flat)]
+        sns.lineplot(
+            curves, x=x, y=score, hue=lines, style=lines, errorbar=mean_interval, ax=axis, legend=False, **common
+        )
+        for kind in flat & set(panel[lines]):
+            axis.axhline(panel[panel[lines] == kind][score].mean(), color=colours[kind], linestyle="--")
+        axis.set(title=LABELS.get(name, name), xlabel=SYMBOLS.get(x, x.replace("_", " ")))
+        axis.set_ylabel(LABELS.get(score, score))
+        if log:
+            ticks = sorted(set(curves[x]))
+            axis.set_xscale("log")
+            axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+            axis.minorticks_off()
+    looks = {kind: {"linestyle": "--"} if kind in flat else {"marker": markers[kind]} for kind in kinds}
+    handles = [Line2D([], [], color=colours[kind], **look) for kind, look in looks.items()]
+    names = [LABELS.get(kind, str(kind)) for kind in kinds]
+    axes[0, -1].legend(handles, names, loc="upper left", bbox_to_anchor=(1, 1))
     return figure
 
 

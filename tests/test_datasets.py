@@ -32,7 +32,9 @@ UPRIGHT = {
 
 def entries(dataset: str) -> list[dict]:
     """The index entries of all images of a shipped set."""
-    return [image for item in datasets.shipped(dataset).values() for role in datasets.ROLES for image in item[role]]
+    return [
+        image for item in datasets.shipped(dataset).values() for role in datasets.ROLES for image in item.get(role, [])
+    ]
 
 
 def saved(folder, name: str, image: Image.Image, **options):

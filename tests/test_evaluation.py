@@ -3,6 +3,7 @@
 import copy
 import json
 from dataclasses import replace
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
@@ -96,6 +97,7 @@ def test_scores_equal_a_computation_by_hand(place, model, controls):
         "A-ESR_strict_one_to_one": (once > 0.3).mean(),
         "A-ESR_loose_one_to_one": (once > 0.1).mean(),
         "AS_all": (wanted @ found.T).numpy().clip(0, 1).max(axis=1).mean(),
+        "AS_random": at_random((wanted @ found.T).numpy().clip(0, 1), len(centres)),
         "AS_controls": other.mean(),
         "A-ESR_strict_controls": (other > 0.3).mean(),
         "A-ESR_loose_controls": (other > 0.1).mean(),
@@ -110,6 +112,10 @@ def test_scores_equal_a_computation_by_hand(place, model, controls):
     assert matches["match"].tolist() == [centres[i] for i in cosines.argmax(axis=1)]
     assert matches["similarity"] == pytest.approx(best, abs=1e-5)
     assert matches["control_similarity"] == pytest.approx((unseen @ found[centres].T).numpy().max(axis=1), abs=1e-5)
+
+
+def at_random(cosines: np.ndarray, n: int) -> float:
+    return np.mean([cosines[:, some].max(axis=1).mean() for some in combinations(range(cosines.shape[1]), n)])
 
 
 def features(judge: str, images: np.ndarray) -> np.ndarray:

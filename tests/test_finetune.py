@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch.func import functional_call
 
 from fx import finetune, results, tuned
-from fx.datasets import load_images, load_item
+from fx.datasets import Item, load_images, load_item
 from fx.families import denoise, encode
 from fx.finetune import FineTune, TrainingItem, load_training
 from fx.models import LORA_FILE, load_pipeline
@@ -434,6 +434,17 @@ def test_a_network_that_predicts_a_flow_is_refused_before_training(spec, fresh, 
 
 
 # several items
+
+
+def test_first_goes_on_into_the_further_works_of_an_item(picture_folder, monkeypatch):
+    paths = load_item(str(picture_folder), "a dog").training
+    item = Item("style/x", "a dog", paths[:2], (), paths[2:])
+    monkeypatch.setattr(finetune, "load_item", lambda name, caption: item)
+    assert load_training(TrainingItem("style/x")).training == paths[:2]
+    for n in (1, 2, 3, 4):
+        assert load_training(TrainingItem("style/x", first=n)).training == paths[:n]
+    with pytest.raises(ValueError, match="has 2 training images and 2 further works: first is 1 to 4, not 5"):
+        load_training(TrainingItem("style/x", first=5))
 
 
 def test_first_takes_the_first_images_in_the_order_of_their_names(picture_folder):

@@ -18,6 +18,7 @@ from fx.metrics import (
     paired_interval,
     paired_p_value,
     psnr,
+    random_choice_similarity,
 )
 
 
@@ -51,6 +52,20 @@ def test_best_match_equals_a_plain_loop_in_any_order(m, k, seed):
     assert best_match(training, extracted[rng.permutation(k)]) == pytest.approx(expected)
     more = np.concatenate([extracted, rng.standard_normal((1, 5))])
     assert (best_match(training, more) >= best_match(training, extracted) - 1e-12).all()
+
+
+@given(st.integers(1, 4), st.integers(1, 7), st.integers(0, 100))
+@settings(max_examples=40)
+def test_a_random_choice_scores_the_mean_over_all_sets_of_its_size(m, of, seed):
+    rng = np.random.default_rng(seed)
+    training, generated = rng.standard_normal((m, 3)), rng.standard_normal((of, 3))
+    for n in range(1, of + 1):
+        sets = itertools.combinations(range(of), n)
+        expected = np.mean([average_similarity(training, generated[list(some)]) for some in sets])
+        assert random_choice_similarity(training, generated, n) == pytest.approx(expected)
+    for n in (0, of + 1):
+        with pytest.raises(ValueError, match=f"{n} images cannot be drawn from {of}"):
+            random_choice_similarity(training, generated, n)
 
 
 def test_average_similarity_counts_negative_best_matches_as_zero():

@@ -10,6 +10,7 @@ import io
 import json
 import math
 import re
+import shutil
 import string
 import tarfile
 import zlib
@@ -24,7 +25,7 @@ from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from scipy.special import log_softmax
 from torch import nn
 from torch.nn import functional as F
@@ -336,6 +337,31 @@ def test_the_forward_pass_has_the_precision_asked_for_and_the_weights_stay_in_fl
     average, _ = training.train(model, toy_loss, schedule, tmp_path, precision=precision)
     assert seen == {precision}
     assert {p.dtype for p in [*model.parameters(), *average.parameters()]} == {torch.float32}
+
+
+def test_compiled_training_calls_the_compiled_model_and_trains_the_given_one(uninterrupted, tmp_path, monkeypatch):
+    """The compiler itself is torch's and takes minutes: a stand-in that says when it is called."""
+    model, calls = toy(), []
+
+    class Compiled(nn.Module):
+        def __init__(self, original):
+            super().__init__()
+            self.original = original
+
+        def __getitem__(self, layer):
+            return self.original[layer]
+
+        def forward(self, x):
+            calls.append(len(x))
+            return self.original(x)
+
+    monkeypatch.setattr(torch, "compile", Compiled)
+    average, log = training.train(model, toy_loss, SCHEDULE, tmp_path, compiled=True)
+    assert calls == [16] * 50
+    assert identical(model, uninterrupted.model)
+    assert identical(average, uninterrupted.average)
+    assert without_time(log) == without_time(uninterrupted.log)
+    assert torch.load(tmp_path / "state.pt", weights_only=True)["model"].keys() == toy().state_dict().keys()
 
 
 def test_average_is_the_exponential_moving_average_of_the_parameters(uninterrupted):
@@ -742,7 +768,7 @@ def test_the_shipped_datasets_stand_in_for_the_corpus():
         (folder, image)
         for folder in datasets.SETS
         for item in datasets.shipped(folder).values()
-        for role in datasets.ROLES
+        for role in ("training", "controls")
         for image in item[role]
     ]
     assert list(zip(rows.folder, rows.file, strict=True)) == [(folder, image["file"]) for folder, image in listed]
@@ -843,6 +869,30 @@ def test_style_items_hold_at_most_ten_controls(works):
     assert (len(cleo["training"]), len(cleo["controls"])) == (10, 10)
 
 
+def test_style_items_of_an_artist_with_many_works_have_further_ones_for_larger_sets(works, monkeypatch):
+    assert all("more" not in item for item in items.style_items(works.rows, works.pictures).values()), "none has enough"
+    monkeypatch.setattr(items, "FEWEST_MORE", 3)
+    works.rows.loc[works.rows.author == "Ann", "author"] = "Cleo"
+    cleo = items.style_items(works.rows, works.pictures)["Cleo"]
+    everything = items.members(cleo)
+    assert [len(cleo[role]) for role in ("training", "controls", "more")] == [10, 10, 6]
+    assert everything == cleo["training"] + cleo["controls"] + cleo["more"]
+    assert len(set(everything)) == 26
+    assert set(works.rows.author[everything]) == {"Cleo"}
+    works.rows.loc[cleo["more"][2], "title"] = "an axe"  # not for a class
+    assert items.style_items(works.rows, works.pictures)["Cleo"]["more"] == cleo["more"][:2] + cleo["more"][3:]
+
+
+def test_further_works_that_the_corpus_knows_are_dropped(works, monkeypatch):
+    monkeypatch.setattr(items, "FEWEST_MORE", 2)
+    item = {"split": "reported", "caption": "x", "training": [0], "controls": [3], "more": [4, 5, 6, 7]}
+    known = np.concatenate([works.pictures[[5]][:, :, ::-1], works.pictures[[0, 3]], blocks(3, seed=8)])
+    assert items.unknown_to(known, item, works.pictures) == {**item, "more": [4, 6, 7]}
+    assert items.unknown_to(works.pictures[4:7], item, works.pictures) == {k: v for k, v in item.items() if k != "more"}
+    bare = {k: v for k, v in item.items() if k != "more"}
+    assert items.unknown_to(known, bare, works.pictures) == bare
+
+
 def test_style_items_refuse_an_artist_with_too_few_works(works):
     works.rows.loc[works.rows.author == "Cleo", "author"] = ["Cleo"] * 9 + ["Dora"] * 5
     with pytest.raises(ValueError, match="Cleo has only 9 works"):
@@ -888,7 +938,7 @@ def test_object_items_pass_over_drawings_that_are_alike(emoji):
         items.object_items(emoji.rows, emoji.pictures)
 
 
-def test_settle_drops_what_a_descriptor_finds_alike_and_moves_controls_up():
+def test_settle_drops_what_a_descriptor_finds_alike_and_moves_controls_up(monkeypatch):
     def at(*degrees: float) -> np.ndarray:
         return np.stack([np.cos(np.radians(degrees)), np.sin(np.radians(degrees))], axis=1)
 
@@ -899,6 +949,13 @@ def test_settle_drops_what_a_descriptor_finds_alike_and_moves_controls_up():
     assert settled == {**item, "training": [10, 12, 20], "controls": [22, 23]}
     assert items.settle(item, own, corpus=at(270)) == {**item, "training": [10, 12, 20], "controls": [21, 22]}
     assert items.settle(item, own, at(270), limit=0.99) == item, "nothing is that alike"
+    more = {**item, "controls": [20, 21], "more": [22, 23]}
+    monkeypatch.setattr(items, "FEWEST_MORE", 1)
+    assert items.settle(more, own, at(200, 250)) == {**item, "training": [10, 12, 20], "controls": [], "more": [22, 23]}
+    monkeypatch.setattr(items, "MOST_MORE", 1)
+    assert items.settle(more, own, at(270))["more"] == [22]
+    monkeypatch.setattr(items, "FEWEST_MORE", 2)
+    assert "more" not in items.settle(more, own, at(270))
     assert items.settle(item, at(0, 50, 100, 150, 200, 250, 300), at(325))["controls"] == [20, 21, 22]
     with pytest.raises(ValueError, match="a dog: only 2 pictures are left, 3 are needed"):
         items.settle(item, at(0, 10, 100, 105, 110, 5, 95), at(200))
@@ -1506,7 +1563,7 @@ def test_save_writes_half_precision_folders_that_load_again(tokenizer, tmp_path)
     assert (tmp_path / "mini-sd/vae").readlink() == Path("../mini-vae")
     assert next(unet.parameters()).dtype == next(tower.parameters()).dtype == torch.float32, "the models were changed"
     weights = [path for path in tmp_path.rglob("*") if path.suffix in (".safetensors", ".bin", ".pt")]
-    assert len({path.resolve() for path in weights}) == 4
+    assert len({path.resolve() for path in weights}) == 5, "the U-Net in two files"
     assert all(path.suffix == ".safetensors" for path in weights)
     assert all(tensor.dtype in (torch.float16, torch.int64) for path in weights for tensor in load_file(path).values())
     loaded = StableDiffusionPipeline.from_pretrained(tmp_path / "mini-sd", dtype=torch.float32)
@@ -1521,6 +1578,35 @@ def test_save_writes_half_precision_folders_that_load_again(tokenizer, tmp_path)
     assert torch.equal(again.visual_projection.weight, tower.visual_projection.weight.half().float())
     for folder in ("mini-clip", "mini-sd/tokenizer"):
         assert CLIPTokenizer.from_pretrained(tmp_path / folder).get_vocab() == tokenizer.get_vocab()
+
+
+def test_a_split_unet_is_the_same_and_another_can_link_to_all_but_its_cross_attention(tmp_path):
+    torch.manual_seed(0)
+    unet = UNet2DConditionModel(
+        sample_size=8,
+        layers_per_block=1,
+        block_out_channels=(32,),
+        down_block_types=("CrossAttnDownBlock2D",),
+        up_block_types=("CrossAttnUpBlock2D",),
+        cross_attention_dim=16,
+        attention_head_dim=4,
+    )
+    unet.save_pretrained(first := tmp_path / "first")
+    sd.split(first)
+    files = sorted(path.name for path in first.glob("*.safetensors"))
+    assert len(files) == 2
+    rest, crossing = (load_file(first / name) for name in files)
+    assert rest.keys() | crossing.keys() == unet.state_dict().keys()
+    assert crossing.keys() == {name for name in unet.state_dict() if ".attn2." in name} != set()
+    again = UNet2DConditionModel.from_pretrained(first).state_dict()
+    assert all(torch.equal(tensor, again[name]) for name, tensor in unet.state_dict().items())
+    (second := tmp_path / "second").mkdir()
+    for name in ("config.json", "diffusion_pytorch_model.safetensors.index.json"):
+        shutil.copy(first / name, second)
+    (second / files[0]).symlink_to(f"../first/{files[0]}")
+    save_file({name: tensor + 1 for name, tensor in crossing.items()}, second / files[1], metadata={"format": "pt"})
+    other = UNet2DConditionModel.from_pretrained(second).state_dict()
+    assert all(torch.equal(tensor + (".attn2." in name), other[name]) for name, tensor in unet.state_dict().items())
 
 
 def test_fit_for_class_goes_by_folder_and_title():

@@ -202,7 +202,7 @@ def test_score_curves_has_a_panel_per_method_a_line_per_guided_arm_and_direct_as
         for item, spread in (("a", -0.02), ("b", 0.02))
     )
     figure = plots.score_curves(rows, "guidance_scale")
-    assert [axes.get_title() for axes in figure.axes] == ["dreambooth", "lora"]
+    assert [axes.get_title() for axes in figure.axes] == ["DreamBooth", "LoRA"]
     for axes, lower in zip(figure.axes, (0.0, -0.05), strict=True):
         drawn = {to_rgb(line.get_color()): line for line in axes.lines if len(line.get_xdata())}
         assert len(drawn) == 3
@@ -218,9 +218,41 @@ def test_score_curves_has_a_panel_per_method_a_line_per_guided_arm_and_direct_as
                 corners = bands[to_rgb(plots.ARM_COLOURS[arm])]
                 found = interval_of(corners[corners[:, 0] == w, 1])
                 assert found == pytest.approx(t_interval(heights[arm, w] + lower + pd.Series([-0.02, 0.02])))
-        assert axes.get_xlabel() == "guidance scale"
-    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["CFG", "FineXtract", "direct"]
+        assert axes.get_xlabel() == "guidance scale $w'$"
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["direct", "CFG", "FineXtract"]
+    styles = [(line.get_linestyle(), line.get_marker()) for line in axes.get_legend().get_lines()]
+    assert styles[0] == ("--", "None")
+    assert len({marker for style, marker in styles[1:] if style == "-"}) == 2, "told apart without colours"
     assert figure.axes[0].get_legend() is None
+
+
+def test_score_curves_over_a_quantity_that_every_arm_has_shows_direct_as_a_curve_too():
+    rows = pd.DataFrame(
+        [{"arm": arm, "n_training": n, "item": item, "method": "lora", "AS": n / 100 + (arm == "cfg")}
+         for arm in ("direct", "cfg") for n in (5, 10, 50) for item in "ab"]
+    )  # fmt: skip
+    axes = plots.score_curves(rows, "n_training", log=True).axes[0]
+    drawn = {to_rgb(line.get_color()): list(line.get_ydata()) for line in axes.lines if len(line.get_xdata())}
+    for arm, above in (("direct", 0), ("cfg", 1)):
+        assert drawn[to_rgb(plots.ARM_COLOURS[arm])] == pytest.approx([0.05 + above, 0.1 + above, 0.5 + above])
+    assert axes.get_xscale() == "log"
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["5", "10", "50"]
+
+
+def test_score_curves_of_other_lines_than_arms_have_colours_and_markers_of_their_own():
+    captions = ["its own", "none", "another's"]
+    rows = pd.DataFrame(
+        [{"caption": caption, "guidance_scale": w, "item": item, "method": "lora", "AS": number + w / 10}
+         for number, caption in enumerate(captions) for w in (1.0, 3.0) for item in "ab"]
+    )  # fmt: skip
+    axes = plots.score_curves(rows, "guidance_scale", lines="caption").axes[0]
+    legend = axes.get_legend()
+    assert [text.get_text() for text in legend.get_texts()] == captions
+    by_colour = {to_rgb(line.get_color()): list(line.get_ydata()) for line in axes.lines if len(line.get_xdata())}
+    assert len(by_colour) == 3
+    for number, line in enumerate(legend.get_lines()):
+        assert by_colour[to_rgb(line.get_color())] == pytest.approx([number + 0.1, number + 0.3])
+    assert len({line.get_marker() for line in legend.get_lines()}) == 3
 
 
 def test_every_arm_that_can_be_sampled_has_a_colour_of_its_own_and_a_label():

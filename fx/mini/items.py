@@ -3,15 +3,18 @@
 import hashlib
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 from PIL import Image
 
-from fx.mini.corpus import FAMILIES, near_duplicates, thumbprint
+from fx.datasets import ROLES
+from fx.mini.corpus import FAMILIES, HIDDEN_WORDS, near_duplicates, thumbprint
 
 N_CONTROLS = 10
+FEWEST_MORE, MOST_MORE = 20, 40  # further works of an artist, for training sets of more than ten images
 
 # Objects of the object set: class name -> emoji titles; the first is the object, the others only give controls.
 OBJECTS = {
@@ -84,16 +87,18 @@ ALIKE_IN_CORPUS = 0.95
 
 
 def style_items(rows: pd.DataFrame, pictures: np.ndarray) -> dict[str, dict]:
-    """Ten training works and up to ten controls per artist, no two of them alike."""
+    """Ten training works, up to ten controls and, where there are many, further works per artist, no two of them alike."""
     items = {}
     for split, artists in (("reported", ARTISTS), ("development", DEVELOPMENT_ARTISTS)):
         for artist in artists:
             own = rows.index[(rows.author == artist) & ~rows.title.str.contains("|".join(LEFT_OUT))].to_numpy()
             own = np.random.default_rng(0).permutation(own[ink(pictures[own]).mean(axis=(1, 2)) > LEAST_INK])
-            chosen = _unlike(own, pictures, limit=10 + N_CONTROLS, shape=True)
+            chosen = _unlike(own, pictures, limit=10 + N_CONTROLS + 2 * MOST_MORE, shape=True)
             if len(chosen) < 10:
                 raise ValueError(f"{artist} has only {len(chosen)} works that are not alike; ten are needed")
-            items[artist] = _item(split, f"art style of {artist}", chosen[:10], chosen[10:])
+            more = [index for index in chosen[10 + N_CONTROLS :] if not HIDDEN_WORDS.search(rows.title[index])]
+            caption = f"art style of {artist}"
+            items[artist] = _item(split, caption, chosen[:10], chosen[10 : 10 + N_CONTROLS], more)
     return items
 
 
@@ -137,26 +142,48 @@ def _unlike(candidates: np.ndarray, pictures: np.ndarray, limit: int, shape: boo
     return [int(candidates[index]) for index in taken]
 
 
-def _item(split: str, caption: str, training: list[int], controls: list[int]) -> dict:
-    return {"split": split, "caption": caption, "training": training, "controls": controls}
+def _item(split: str, caption: str, training: list[int], controls: list[int], more: Sequence[int] = ()) -> dict:
+    """`more` only where it holds enough: no item has a few further works."""
+    further = {"more": list(more)} if len(more) >= FEWEST_MORE else {}
+    return {"split": split, "caption": caption, "training": training, "controls": controls} | further
+
+
+def members(item: dict) -> list[int]:
+    """All pictures of an item: training images, controls, further works."""
+    return [index for role in ROLES for index in item.get(role, [])]
+
+
+def unknown_to(corpus: np.ndarray, item: dict, pictures: np.ndarray) -> dict:
+    """The item without those of its further works that are alike to a picture of the corpus, uint8 [m, h, h, 3].
+
+    By thumbprints, as the corpus leaves out what is alike to training images and controls; `pictures` are those of the
+    catalogue, whose indices the item holds.
+    """
+    if "more" not in item:
+        return item
+    known = near_duplicates(thumbprint(pictures[item["more"]]), thumbprint(corpus), ALIKE_IN_CORPUS)
+    more = [index for index, is_known in zip(item["more"], known, strict=True) if not is_known]
+    return _item(item["split"], item["caption"], item["training"], item["controls"], more)
 
 
 def settle(item: dict, own: np.ndarray, corpus: np.ndarray, limit: float = 0.85) -> dict:
     """Drop pictures that a trained descriptor finds alike: to the corpus, or to a picture kept before.
 
-    own: descriptors [n, d] of the item's training images and controls in this order; corpus: [m, d]. A training image
-    that is dropped is replaced by the first control; ValueError if there are too few.
+    own: descriptors [n, d] of the item's `members`; corpus: [m, d]. A training image that is dropped is replaced by the
+    first control; ValueError if there are too few. Of further works at most MOST_MORE are kept, and none if fewer than
+    FEWEST_MORE are left.
     """
-    candidates, kept = item["training"] + item["controls"], []
+    candidates, kept = members(item), []
     alike = (own @ own.T >= limit) | np.eye(len(own), dtype=bool)
     for index in np.flatnonzero((own @ corpus.T).max(axis=1) < limit):
         if not alike[index, kept].any():
             kept.append(index)
-    n = len(item["training"])
-    if len(kept) < n:
-        raise ValueError(f"{item['caption']}: only {len(kept)} pictures are left, {n} are needed for training")
-    chosen = [candidates[index] for index in kept]
-    return _item(item["split"], item["caption"], chosen[:n], chosen[n:])
+    n, of_set = len(item["training"]), len(item["training"]) + len(item["controls"])
+    chosen = [candidates[index] for index in kept if index < of_set]
+    if len(chosen) < n:
+        raise ValueError(f"{item['caption']}: only {len(chosen)} pictures are left, {n} are needed for training")
+    more = [candidates[index] for index in kept if index >= of_set]
+    return _item(item["split"], item["caption"], chosen[:n], chosen[n:], more[:MOST_MORE])
 
 
 def write(items: dict[str, dict], rows: pd.DataFrame, pictures: np.ndarray, folder: Path) -> None:
@@ -165,7 +192,7 @@ def write(items: dict[str, dict], rows: pd.DataFrame, pictures: np.ndarray, fold
     for name, item in sorted(items.items()):
         slug = name.lower().replace(" ", "-").replace(".", "")
         index[slug] = {"name": name, "caption": item["caption"], "split": item["split"]}
-        for role in ("training", "controls"):
+        for role in [role for role in ROLES if role in item]:
             (target := folder / slug / role).mkdir(parents=True, exist_ok=True)
             index[slug][role] = []
             for number, picture in enumerate(item[role]):
@@ -189,7 +216,7 @@ def pretraining_rows(rows: pd.DataFrame, pictures: np.ndarray, items: list[dict]
     """Indices of the corpus: no work by an item's artist, no emoji of an item's title, nothing alike to an item.
 
     A reported artist's works are also those signed in other letter case or together with somebody else. Inside Open Clip
-    Art, near-identical files are kept once.
+    Art, near-identical files are kept once. Of further works alike to the corpus see `unknown_to`.
     """
     shipped = sorted({index for item in items for role in ("training", "controls") for index in item[role]})
     titles = {title for group in (OBJECTS, DEVELOPMENT_OBJECTS) for kin in group.values() for title in kin}

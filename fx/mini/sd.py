@@ -3,12 +3,14 @@
 import copy
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer
 
@@ -64,26 +66,41 @@ def min_snr_weights(gamma: float = 5.0) -> Tensor:
 
 
 def diffusion_loss(latents: Tensor, choices: list[list[int]], texts: Tensor, empty: Tensor, batch=32, gamma=5.0):
-    """The loss function for `training.train`: eps mean squared error, 10% caption dropout, min-SNR-gamma weights.
+    """The loss function for `training.train`: `denoising_terms` under a caption of the picture, 10% of them dropped.
 
     latents: [n, 32, 8, 8], scaled; choices[i]: rows of `texts` that caption picture i; empty: [32, 192], the encoded
-    empty prompt. The weights are `min_snr_weights`.
+    empty prompt.
     """
-    noising, weights = scheduler(), min_snr_weights(gamma)
 
     def loss(model: UNet2DConditionModel, rng: torch.Generator) -> dict[str, Tensor]:
-        chosen = torch.randint(len(latents), (batch,), generator=rng).tolist()
-        draws = torch.rand(batch, generator=rng).tolist()
-        rows = [choices[i][int(u * len(choices[i]))] for i, u in zip(chosen, draws, strict=True)]
+        chosen, rows, dropped = draw_captions(choices, batch, rng)
         context = texts[rows].float()
-        context[torch.rand(batch, generator=rng) < 0.1] = empty.float()
-        x, t = latents[chosen], torch.randint(1000, (batch,), generator=rng)
-        eps = torch.randn(x.shape, generator=rng)
-        predicted = model(noising.add_noise(x, eps, t), t, context).sample.float()
-        error = F.mse_loss(predicted, eps, reduction="none").mean(dim=(1, 2, 3))
-        return {"loss": (weights[t] * error).mean(), "mse": error.mean()}
+        context[dropped] = empty.float()
+        return denoising_terms(lambda x, t: model(x, t, context).sample, latents[chosen], rng, gamma)
 
     return loss
+
+
+def draw_captions(choices: list[list[int]], batch: int, rng: torch.Generator) -> tuple[list[int], list[int], Tensor]:
+    """A batch: numbers of pictures, one of the choices of each, and which captions are dropped (bool [batch], 10%)."""
+    chosen = torch.randint(len(choices), (batch,), generator=rng).tolist()
+    draws = torch.rand(batch, generator=rng).tolist()
+    rows = [choices[i][int(u * len(choices[i]))] for i, u in zip(chosen, draws, strict=True)]
+    return chosen, rows, torch.rand(batch, generator=rng) < 0.1
+
+
+def denoising_terms(
+    predict: Callable[[Tensor, Tensor], Tensor], x: Tensor, rng: torch.Generator, gamma: float = 5.0
+) -> dict[str, Tensor]:
+    """The error of predicted noise at random timesteps: "mse", and "loss" with `min_snr_weights`.
+
+    predict: (noised latents, timesteps [b]) -> noise; x: clean latents [b, c, h, w], scaled.
+    """
+    t = torch.randint(1000, (len(x),), generator=rng)
+    eps = torch.randn(x.shape, generator=rng)
+    predicted = predict(scheduler().add_noise(x, eps, t), t).float()
+    error = F.mse_loss(predicted, eps, reduction="none").mean(dim=(1, 2, 3))
+    return {"loss": (min_snr_weights(gamma)[t] * error).mean(), "mse": error.mean()}
 
 
 @torch.no_grad()
@@ -142,6 +159,26 @@ def draw(pipeline: StableDiffusionPipeline, prompts: list[str], w: float = 3.0, 
     return (np.concatenate(images) * 255).round().astype(np.uint8)
 
 
+def split(folder: Path) -> None:
+    """Store the U-Net in `folder` in two files of its index, cross-attention in the second one.
+
+    So a model that differs from this one in cross-attention only, as one made for another text encoder does, can link to the
+    first, which holds nine tenths of the weights.
+    """
+    weights = load_file(whole := folder / "diffusion_pytorch_model.safetensors")
+    parts = [{}, {}]
+    for name, tensor in weights.items():
+        parts[".attn2." in name][name] = tensor
+    files = [f"{whole.stem}-{number}-of-00002.safetensors" for number in ("00001", "00002")]
+    for file, part in zip(files, parts, strict=True):
+        save_file(part, folder / file, metadata={"format": "pt"})
+    size = sum(tensor.nbytes for tensor in weights.values())
+    places = {name: files[".attn2." in name] for name in sorted(weights)}
+    index = {"metadata": {"total_size": size}, "weight_map": places}
+    (folder / f"{whole.name}.index.json").write_text(json.dumps(index, indent=1) + "\n")
+    whole.unlink()
+
+
 def save(folder: Path, pipeline: StableDiffusionPipeline, clip: CLIPModel) -> None:
     """Write mini-vae, mini-clip and mini-sd below `folder` as fp16 safetensors; mini-sd/vae is a link to mini-vae."""
     for name in ("mini-vae", "mini-clip", "mini-sd"):
@@ -152,6 +189,7 @@ def save(folder: Path, pipeline: StableDiffusionPipeline, clip: CLIPModel) -> No
     half = copy.deepcopy(pipeline).to(torch.float16)
     half.save_pretrained(folder / "mini-sd")
     (folder / "mini-sd/vae").rename(folder / "mini-vae")
+    split(folder / "mini-sd/unet")
     for name in ("mini-vae", "mini-sd/unet"):  # where a part was loaded from is nobody's business
         config = json.loads((file := folder / name / "config.json").read_text())
         config.pop("_name_or_path", None)

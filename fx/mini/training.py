@@ -39,10 +39,12 @@ def train(
     folder: Path,
     save_every: float = 240.0,
     precision: torch.dtype = torch.float32,
+    compiled: bool = False,
 ) -> tuple[nn.Module, list[dict]]:
     """Minimise `loss(model, rng)["loss"]`; return the EMA model and the log (means of 20 steps a row).
 
     precision: of the forward and backward pass (autocast); weights, optimiser and average stay in float32.
+    compiled: run the model through torch.compile, which needs a C++ compiler and minutes at the start.
 
     State lies in `folder`/state.pt, written with a row of the log once `save_every` seconds have passed; a killed run
     goes on from there. The batches of step i are drawn from a generator seeded with i, so a resumed run sees what an
@@ -69,11 +71,12 @@ def train(
     began = saved - (log[-1]["seconds"] if log else 0.0)
     recent: list[dict[str, float]] = []
     model.train()
+    called = torch.compile(model) if compiled else model
     for step in (bar := tqdm(range(first, schedule.steps), initial=first, total=schedule.steps, mininterval=5)):
         for group in optimizer.param_groups:
             group["lr"] = schedule.rate(step)
         with torch.autocast("cpu", precision, enabled=precision != torch.float32):
-            terms = loss(model, torch.Generator().manual_seed(step))
+            terms = loss(called, torch.Generator().manual_seed(step))
         terms["loss"].backward()
         nn.utils.clip_grad_norm_(model.parameters(), schedule.clip)
         optimizer.step()
