@@ -1,8 +1,21 @@
-"""Defenses as training transforms (Sec. 5.4): what a model provider may do to the images before fine-tuning."""
+"""Defenses that change images before fine-tuning, and what undoes them.
 
+Training transforms are what a model provider may do (Sec. 5.4); perturbations are what an artist may do before anybody has
+the images; purifications are what whoever trains may do against those.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from io import BytesIO
+
+import numpy as np
 import torch
+from diffusers import AutoPipelineForImage2Image, DiffusionPipeline
+from PIL import Image, ImageFilter
 from torch import Tensor
 from torchvision.transforms import v2
+
+from fx.families import Condition, denoise, encode, latent_statistics, network, training_target
 
 CUTOUT_SHARE = 0.5  # DeVries & Taylor (2017): a square of half the side
 
@@ -27,3 +40,187 @@ def randaugment(images: Tensor) -> Tensor:
 
 # The names a FineTune spec may carry; both draw from torch's global generator, which fine-tuning seeds at every step.
 TRANSFORMS = {"cutout": cutout, "randaugment": randaugment}
+
+
+# Perturbations: what an artist may do to the images before anybody has them
+
+
+@dataclass(frozen=True)
+class Perturbation:
+    """A change of pixels within a budget that is to keep a model from learning an image.
+
+    gain: (pipeline, images [n, 3, h, w] in [-1, 1], condition, draws) -> [n], what the change makes as large as it can.
+    """
+
+    meaning: str
+    gain: Callable[[DiffusionPipeline, Tensor, Condition, "Draws"], Tensor]
+
+
+@dataclass(frozen=True)
+class Draws:
+    """What one step draws for each image: timesteps t [n], noise of the latents and of the posterior [n, c, h, w]."""
+
+    t: Tensor
+    eps: Tensor
+    posterior: Tensor
+
+
+def denoising_error(pipeline: DiffusionPipeline, images: Tensor, condition: Condition, draws: Draws) -> Tensor:
+    """AdvDM (Liang et al., 2023, Eq. 7): the training loss of the base model on each image, [n]."""
+    noising, target = training_target(pipeline)
+    scale, shift = latent_statistics(pipeline.vae)
+    found = pipeline.vae.encode(images).latent_dist
+    x0 = (found.mean + found.std * draws.posterior - shift) * scale
+    x = noising.add_noise(x0, draws.eps, draws.t)
+    predicted = denoise(network(pipeline), x, draws.t, condition.expand(len(images)))
+    return (predicted - target(x0, draws.eps, draws.t)).square().mean(dim=(1, 2, 3))
+
+
+def closeness_to_pattern(pipeline: DiffusionPipeline, images: Tensor, condition: Condition, draws: Draws) -> Tensor:
+    """Mist's texture term (Liang and Wu, 2023): minus the squared distance of each latent to that of a pattern, [n]."""
+    with torch.no_grad():
+        wanted = pipeline.vae.encode(pattern(*images.shape[2:]).to(images)[None]).latent_dist.mean
+    return -(pipeline.vae.encode(images).latent_dist.mean - wanted).square().mean(dim=(1, 2, 3))
+
+
+def closeness_to_nothing(pipeline: DiffusionPipeline, images: Tensor, condition: Condition, draws: Draws) -> Tensor:
+    """PhotoGuard's encoder attack (Salman et al., 2023): minus the squared length of each latent, [n]."""
+    return -pipeline.vae.encode(images).latent_dist.mean.square().mean(dim=(1, 2, 3))
+
+
+PERTURBATIONS = {
+    "advdm": Perturbation("the base model denoises the image worse (AdvDM)", denoising_error),
+    "mist": Perturbation("its latent comes near that of a pattern (Mist's texture term)", closeness_to_pattern),
+    "photoguard": Perturbation("its latent comes near zero (PhotoGuard's encoder attack)", closeness_to_nothing),
+}
+
+
+def pattern(height: int, width: int, period: int = 8) -> Tensor:
+    """Mist's target is a picture of strong repeated texture; ours are diagonal stripes: float32 [3, h, w], -1 or 1."""
+    place = torch.arange(height)[:, None] + torch.arange(width)
+    return (2.0 * ((place // max(1, period // 2)) % 2) - 1).expand(3, height, width)
+
+
+def perturb(
+    pipeline: DiffusionPipeline,
+    pictures: np.ndarray,
+    method: str = "advdm",
+    eps: int = 8,
+    steps: int = 100,
+    step_size: float = 1.0,
+    caption: str = "a picture",
+    seed: int = 0,
+    numbers: Sequence[int] | None = None,
+    progress: Callable[[], object] = lambda: None,
+) -> np.ndarray:
+    """Pictures uint8 [n, h, w, 3] changed by at most `eps` of their 255 grey levels, which holds for the bytes returned.
+
+    Projected gradient ascent on the gain of one of PERTURBATIONS against `pipeline`, the base model: from a random start
+    within the budget, `steps` steps of `step_size` grey levels along the gradient's sign. h and w are multiples of the
+    autoencoder's and the network's factor. caption: what images are shown to the base model under. numbers: of the
+    pictures, by which they own their draws (0, 1, ... if None), so that a picture's result does not depend on the others.
+    `progress` is called after each step. ValueError for an unknown method, a budget outside 1..255 or other bad numbers.
+    """
+    check_perturbation(method, eps, steps, step_size)
+    vae, of = pipeline.vae, range(len(pictures)) if numbers is None else numbers
+    kept = [part for part in (vae, network(pipeline)) for part in part.parameters() if part.requires_grad]
+    condition = encode(pipeline, caption)
+    pixels = torch.from_numpy(pictures).permute(0, 3, 1, 2).to(vae.device, vae.dtype)
+    low, high = (pixels - eps).clamp(min=0), (pixels + eps).clamp(max=255)
+    start = [np.random.default_rng([seed, n]).uniform(-eps, eps, pixels.shape[1:]) for n in of]
+    changed = (pixels + torch.from_numpy(np.stack(start)).to(pixels)).clamp(low, high)
+    for part in kept:
+        part.requires_grad_(False)
+    try:
+        for step in range(steps):
+            at = changed.clone().requires_grad_()
+            gain = PERTURBATIONS[method].gain(
+                pipeline, at / 127.5 - 1, condition, _draws(pipeline, pixels, seed, of, step)
+            )
+            (slope,) = torch.autograd.grad(gain.sum(), at)
+            changed = (changed + step_size * slope.sign()).clamp(low, high)
+            progress()
+    finally:
+        for part in kept:
+            part.requires_grad_(True)
+    return changed.round().byte().permute(0, 2, 3, 1).cpu().numpy()
+
+
+def check_perturbation(method: str, eps: int, steps: int, step_size: float) -> None:
+    """ValueError for what `perturb` cannot do."""
+    if method not in PERTURBATIONS:
+        raise ValueError(f"unknown perturbation {method!r}: choose from {', '.join(PERTURBATIONS)}")
+    if int(eps) != eps or not 1 <= eps <= 255:
+        raise ValueError(f"eps {eps} must be a whole number of grey levels, 1 to 255 (8 is hardly seen, 16 is)")
+    if steps < 1 or not 0 < step_size <= 255:
+        raise ValueError(f"steps {steps} must be at least 1, step_size {step_size} above 0 and at most 255 grey levels")
+
+
+def _draws(pipeline: DiffusionPipeline, pixels: Tensor, seed: int, numbers: Sequence[int], step: int) -> Draws:
+    """The draws of one step: picture n has those of (seed, n, step), on any device and in any batch."""
+    factor, channels = pipeline.vae_scale_factor, pipeline.vae.config.latent_channels
+    shape = (channels, pixels.shape[2] // factor, pixels.shape[3] // factor)
+    own = [np.random.default_rng([seed, n, step]) for n in numbers]
+    t = torch.tensor([int(draw.integers(pipeline.scheduler.config.num_train_timesteps)) for draw in own])
+    noise = torch.from_numpy(np.stack([draw.standard_normal((2, *shape), np.float32) for draw in own])).to(pixels)
+    return Draws(t.to(pixels.device), noise[:, 0], noise[:, 1])
+
+
+# Purifications: what whoever trains may do against perturbations
+
+
+def jpeg(pictures: np.ndarray, quality: int = 75) -> np.ndarray:
+    """Saved as JPEG of this quality (1 to 95) and read again, uint8 [n, h, w, 3]."""
+    again = []
+    for picture in pictures:
+        Image.fromarray(picture).save(file := BytesIO(), "JPEG", quality=quality)
+        again.append(np.asarray(Image.open(file).convert("RGB")))
+    return np.stack(again)
+
+
+def blur(pictures: np.ndarray, sigma: float = 1.0) -> np.ndarray:
+    """Gaussian blur of this standard deviation in pixels, uint8 [n, h, w, 3]."""
+    return np.stack(
+        [np.asarray(Image.fromarray(picture).filter(ImageFilter.GaussianBlur(sigma))) for picture in pictures]
+    )
+
+
+def noise_and_resize(pictures: np.ndarray, sigma: float = 8.0, share: float = 0.5, seed: int = 0) -> np.ndarray:
+    """Gaussian noise of `sigma` grey levels, shrunk to `share` of the side and enlarged again, uint8 [n, h, w, 3]."""
+    draw, again = np.random.default_rng(seed), []
+    for picture in pictures:
+        noisy = (picture + draw.normal(0, sigma, picture.shape)).round().clip(0, 255).astype(np.uint8)
+        size = [max(1, round(side * share)) for side in (picture.shape[1], picture.shape[0])]
+        small = Image.fromarray(noisy).resize(size, Image.Resampling.LANCZOS)
+        again.append(np.asarray(small.resize(picture.shape[1::-1], Image.Resampling.BICUBIC)))
+    return np.stack(again)
+
+
+def regenerate(
+    pipeline: DiffusionPipeline,
+    pictures: np.ndarray,
+    strength: float = 0.2,
+    caption: str = "",
+    seed: int = 0,
+    steps: int = 50,
+) -> np.ndarray:
+    """Noised to `strength` (0 to 1) of the base model's way and denoised by it, uint8 [n, h, w, 3].
+
+    Diffusion purification (Nie et al., 2022) by diffusers' own image-to-image pipeline, without guidance.
+    """
+    made = AutoPipelineForImage2Image.from_pipe(pipeline)
+    made.set_progress_bar_config(disable=True)
+    generators = [torch.Generator().manual_seed(seed * 1_000_003 + number) for number in range(len(pictures))]
+    images = made(
+        prompt=[caption] * len(pictures),
+        image=pictures.astype(np.float32) / 255,
+        strength=strength,
+        num_inference_steps=steps,
+        guidance_scale=1.0,
+        generator=generators,
+        output_type="np",
+    ).images
+    return (images * 255).round().astype(np.uint8)
+
+
+PURIFICATIONS = {"jpeg": jpeg, "blur": blur, "noise and resize": noise_and_resize}  # those that need no model

@@ -10,11 +10,13 @@ Captions are encoded by the pipelines' own `encode_prompt`.
 """
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
 from diffusers import (
     DDIMScheduler,
+    DDPMScheduler,
     DiffusionPipeline,
     DPMSolverMultistepScheduler,
     FlowMatchEulerDiscreteScheduler,
@@ -234,6 +236,18 @@ def prediction_type(pipeline: DiffusionPipeline) -> str:
     if isinstance(pipeline, StableDiffusion3Pipeline):
         return "flow_prediction"
     return pipeline.scheduler.config.get("prediction_type", "epsilon")
+
+
+def training_target(pipeline: DiffusionPipeline) -> tuple[DDPMScheduler, Callable[[Tensor, Tensor, Tensor], Tensor]]:
+    """The schedule that noises latents, and what the network learns to predict of (x0, eps, t): eps, x0 or v.
+
+    ValueError for a flow model, which is trained otherwise.
+    """
+    noising = DDPMScheduler.from_config(pipeline.scheduler.config)
+    targets = {"epsilon": lambda x0, eps, t: eps, "sample": lambda x0, eps, t: x0, "v_prediction": noising.get_velocity}
+    if (kind := prediction_type(pipeline)) not in targets:
+        raise ValueError(f"fx trains with models that predict {', '.join(targets)}, not {kind}")
+    return noising, targets[kind]
 
 
 SAMPLERS = ("ddim", "dpm++", "euler", "published")

@@ -12,7 +12,7 @@ from typing import ClassVar
 import numpy as np
 import torch
 import torch.nn.functional as F
-from diffusers import DDPMScheduler, StableDiffusionPipeline
+from diffusers import StableDiffusionPipeline
 from diffusers.utils import convert_state_dict_to_diffusers
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
@@ -22,7 +22,7 @@ from tqdm import tqdm
 from fx import results
 from fx.datasets import Item, load_images, load_item
 from fx.defenses import TRANSFORMS
-from fx.families import Condition, check_tokens, denoise, encode, image_size, prediction_type
+from fx.families import Condition, check_tokens, denoise, encode, image_size, training_target
 from fx.models import LORA_FILE, PRECISIONS, load_pipeline, load_tokenizer, model_folder
 
 METHODS = ("dreambooth", "lora")
@@ -153,10 +153,7 @@ def train(
     autoencoder's precision, the draws are the same in any. Killed and called again with the same `scratch`, it goes on
     from its last checkpoint with the same result: the draws of each step come from their own seed.
     """
-    noising = DDPMScheduler.from_config(pipeline.scheduler.config)
-    targets = {"epsilon": lambda x0, eps, t: eps, "sample": lambda x0, eps, t: x0, "v_prediction": noising.get_velocity}
-    if (kind := prediction_type(pipeline)) not in targets:
-        raise ValueError(f"fx fine-tunes models that predict {', '.join(targets)}, not {kind}")
+    noising, target = training_target(pipeline)
     unet = pipeline.unet
     trained = trained_parameters(pipeline, spec)
     optimizer = torch.optim.AdamW(trained, lr=spec.learning_rate, weight_decay=0.01, fused=True)
@@ -175,7 +172,7 @@ def train(
         eps = torch.randn(x0.shape).to(x0)
         with torch.autocast(unet.device.type, PRECISIONS[spec.precision], enabled=spec.precision != "float32"):
             predicted = denoise(unet, noising.add_noise(x0, eps, t), t, conditions(chosen))
-        losses[step] = _update(F.mse_loss(predicted, targets[kind](x0, eps, t)), trained, optimizer, scaler)
+        losses[step] = _update(F.mse_loss(predicted, target(x0, eps, t)), trained, optimizer, scaler)
         if time.monotonic() - saved > SAVE_EVERY:
             _save(scratch, trained, optimizer, scaler, losses, step + 1)
             saved = time.monotonic()

@@ -18,12 +18,32 @@ MISSING = re.compile(r"([\w-]+)(?:-mini\.png|\.csv): there is no complete run")
 # What notebooks show of the complete run and what is not there yet, since the complete run of these waits for a better base
 # model: their sentence is stored instead. A test asks that nothing stands here that is committed.
 NOT_YET = {
+    "fig04a",
+    "fig04a-controls",
+    "fig04b",
+    "fig05a",
+    "fig05a-hump",
+    "fig05b",
+    "fig05b-against-0",
+    "fig06",
+    "fig08",
+    "fig08-differences",
+    "fig08-pictures",
+    "fig09",
+    "fig10",
     "nb01-similarity",
     "nb03-thresholds",
+    "nb05-ranks",
+    "nb05-solvers",
+    "nb05-steps",
+    "nb10-mixture",
     "nb12-fails",
     "nb12-works",
     "table01-independent",
     "table01-seeds",
+    "table02",
+    "table08",
+    "table09",
 }
 
 # methods that change what they belong to

@@ -14,7 +14,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch.func import functional_call
 
-from fx import finetune, results, tuned
+from fx import families, finetune, results, tuned
 from fx.datasets import Item, load_images, load_item
 from fx.families import denoise, encode
 from fx.finetune import FineTune, TrainingItem, load_training
@@ -427,7 +427,7 @@ def test_a_flow_model_is_refused_before_any_image_is_looked_at(spec, runs, tmp_p
 
 
 def test_a_network_that_predicts_a_flow_is_refused_before_training(spec, fresh, pictures, tmp_path, monkeypatch):
-    monkeypatch.setattr(finetune, "prediction_type", lambda pipeline: "flow_prediction")
+    monkeypatch.setattr(families, "prediction_type", lambda pipeline: "flow_prediction")
     monkeypatch.setattr(finetune, "latent_source", lambda *_: pytest.fail("images were encoded"))
     with pytest.raises(ValueError, match="models that predict epsilon, sample, v_prediction, not flow_prediction"):
         finetune.train(fresh(), pictures, ["a dog"] * 4, spec("dreambooth"), tmp_path)

@@ -15,6 +15,7 @@ from fx.mini.corpus import FAMILIES, HIDDEN_WORDS, near_duplicates, thumbprint
 
 N_CONTROLS = 10
 FEWEST_MORE, MOST_MORE = 20, 40  # further works of an artist, for training sets of more than ten images
+BROKEN = re.compile("stylized yoga")  # titles of works into which a placeholder for a missing picture is drawn
 
 # Objects of the object set: class name -> emoji titles; the first is the object, the others only give controls.
 OBJECTS = {
@@ -96,7 +97,8 @@ def style_items(rows: pd.DataFrame, pictures: np.ndarray) -> dict[str, dict]:
             chosen = _unlike(own, pictures, limit=10 + N_CONTROLS + 2 * MOST_MORE, shape=True)
             if len(chosen) < 10:
                 raise ValueError(f"{artist} has only {len(chosen)} works that are not alike; ten are needed")
-            more = [index for index in chosen[10 + N_CONTROLS :] if not HIDDEN_WORDS.search(rows.title[index])]
+            further, unfit = chosen[10 + N_CONTROLS :], (HIDDEN_WORDS, BROKEN)
+            more = [index for index in further if not any(words.search(rows.title[index]) for words in unfit)]
             caption = f"art style of {artist}"
             items[artist] = _item(split, caption, chosen[:10], chosen[10 : 10 + N_CONTROLS], more)
     return items
