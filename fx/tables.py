@@ -107,6 +107,25 @@ def corrected(differences: pd.DataFrame, level: float = 0.95) -> pd.DataFrame:
     return differences.assign(**{"p (Holm)": p, "shown": p < 1 - level})
 
 
+def in_words(differences: pd.DataFrame | str, *by: str) -> str:
+    """A line for each row of `paired_difference`: what `by` calls it, the difference, its interval, and what that shows.
+
+    A sentence, which is what `complete` gives where there is no table, stays as it is.
+    """
+    if isinstance(differences, str):
+        return differences
+    lines = []
+    for row in differences.to_dict("records"):
+        if math.isnan(row["low"]):
+            interval, shown = "one item", "no interval"
+        else:
+            interval = f"{row['low']:.3f} to {row['high']:.3f}"
+            shown = "above 0" if row["low"] > 0 else "below 0" if row["high"] < 0 else "not shown to differ from 0"
+        named = ", ".join(str(row[name]) for name in by)
+        lines.append(f"{named}: {row['difference']:+.3f} ({interval}), {shown}")
+    return "\n".join(lines)
+
+
 def paper(number: int) -> pd.DataFrame:
     """The numbers of the paper's Table `number` (1-11) as reported; what it marks "N.A." (Table 10) is NaN."""
     path = PAPER / f"table{number:02d}.csv"

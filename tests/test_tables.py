@@ -247,3 +247,22 @@ def test_scores_stand_beside_those_of_controls_over_the_same_items():
     kept = rows[rows["item"] != 1].groupby(["block", "arm"], sort=False)["AS (eye)"].mean()
     assert table["AS (eye)"].tolist() == pytest.approx(kept.tolist())
     assert tables.beside_controls(rows[rows["item"] == 1], ["block"], ["AS (eye)"]).empty
+
+
+def test_differences_in_words_say_what_their_intervals_show():
+    rows = pd.DataFrame(
+        {
+            "method": ["lora", "lora", "dreambooth", "dreambooth"],
+            "compared": ["a", "b", "a", "b"],
+            "difference": [0.1234, -0.05, 0.01, 0.2],
+            "low": [0.0306, -0.09, -0.02, np.nan],
+            "high": [0.2, -0.01, 0.04, np.nan],
+        }
+    )
+    assert tables.in_words(rows, "method", "compared").splitlines() == [
+        "lora, a: +0.123 (0.031 to 0.200), above 0",
+        "lora, b: -0.050 (-0.090 to -0.010), below 0",
+        "dreambooth, a: +0.010 (-0.020 to 0.040), not shown to differ from 0",
+        "dreambooth, b: +0.200 (one item), no interval",
+    ]
+    assert tables.in_words("x.csv: there is no complete run yet", "method") == "x.csv: there is no complete run yet"
