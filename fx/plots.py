@@ -147,16 +147,15 @@ def score_curves(
 ) -> Figure:
     """Mean score over a quantity `x`, one panel per block, one line per arm with its 95% t-interval over items.
 
-    lines: the column that tells the lines apart, if it is not the arm. What has a single x where others have several, like
-    direct sampling, which has no scale, is a dashed line at its mean. log: whether x has a logarithmic axis.
+    lines: the column that tells the lines apart, if it is not the arm. Over guidance scales direct sampling, which has
+    none, is a dashed line at its mean. log: whether x has a logarithmic axis.
     """
     blocks = list(dict.fromkeys(rows[block]))
     figure, axes = plt.subplots(1, len(blocks), figsize=(3.6 * len(blocks), 2.6), sharey=True, squeeze=False)
     kinds = known_arms(rows) if lines == "arm" else list(dict.fromkeys(rows[lines]))
     colours = ARM_COLOURS if lines == "arm" else dict(zip(kinds, sns.color_palette("colorblind"), strict=False))
     markers = dict(zip(kinds, "osD^vP*X<>", strict=False))  # told apart in grey too
-    values = {kind: set(rows[rows[lines] == kind][x]) for kind in kinds}
-    flat = {kind for kind in kinds if len(values[kind]) == 1 < len(set().union(*values.values()))}
+    flat = {"direct"} & set(kinds) if x == "guidance_scale" else set()
     common = {"hue_order": kinds, "palette": colours, "style_order": kinds, "dashes": False, "markers": markers}
     for axis, name in zip(axes[0], blocks, strict=True):
         panel = rows[rows[block] == name]
