@@ -63,8 +63,8 @@ def measure_settings(name: str, method: str, images: int, steps: int = 8) -> dic
     pictures = load_images(item.training, image_size(pipeline))
     with tempfile.TemporaryDirectory() as place:
         start = time.perf_counter()
-        done = len(train(pipeline, pictures, [item.caption] * n, spec, Path(place)))
-        tuning = (time.perf_counter() - start) / done * chosen.steps_per_image * n / chosen.batch_size
+        losses, _ = train(pipeline, pictures, [item.caption] * n, spec, Path(place))
+        tuning = (time.perf_counter() - start) / len(losses) * chosen.steps_per_image * n / chosen.batch_size
         make(Path(place), chosen.base)
         pair = load_pair(chosen.base, Path(place) / method, PRECISIONS[chosen.precision])
         sampling = 0.0

@@ -4,6 +4,7 @@ Training transforms are what a model provider may do (Sec. 5.4); perturbations a
 the images; purifications are what whoever trains may do against those.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from io import BytesIO
@@ -15,31 +16,78 @@ from PIL import Image, ImageFilter
 from torch import Tensor
 from torchvision.transforms import v2
 
-from fx.families import Condition, denoise, encode, latent_statistics, network, training_target
+from fx.datasets import from_uint8, to_uint8
+from fx.families import Condition, denoise, encode, latent_statistics, network, round_trip, training_target
 
-CUTOUT_SHARE = 0.5  # DeVries & Taylor (2017): a square of half the side
 
+def cutout(images: Tensor, share: float = 0.5) -> Tensor:
+    """Cutout (DeVries and Taylor, 2017): one grey square at a random place in each image, [n, 3, side, side] in [-1, 1].
 
-def cutout(images: Tensor) -> Tensor:
-    """Cutout: one grey square of half the side at a random place in each image, float32 [n, 3, side, side] in [-1, 1]."""
-    side = int(images.shape[-1] * CUTOUT_SHARE)
+    share: its side over the image's, theirs is half. The centre may lie anywhere, so that the square may stick out.
+    """
+    side = int(images.shape[-1] * share)
     erased = images.clone()
     for image in erased:
-        # the centre may lie anywhere, so that the square may stick out of the frame
         top, left = (torch.randint(images.shape[-1], (2,)) - side // 2).tolist()
         image[:, max(top, 0) : max(top + side, 0), max(left, 0) : max(left + side, 0)] = 0
     return erased
 
 
-def randaugment(images: Tensor) -> Tensor:
-    """RandAugment (Cubuk et al., 2020), two operations of magnitude 9 per image, float32 [n, 3, h, w] in [-1, 1]."""
-    augment = v2.RandAugment(num_ops=2, magnitude=9)
+def randaugment(images: Tensor, magnitude: float = 9) -> Tensor:
+    """RandAugment (Cubuk et al., 2020), two operations of a magnitude of 0..30 per image, [n, 3, h, w] in [-1, 1]."""
+    augment = v2.RandAugment(num_ops=2, magnitude=int(magnitude))
     pixels = ((images.clamp(-1, 1) + 1) * 127.5).round().byte()
     return torch.stack([augment(image) for image in pixels]).float() / 127.5 - 1
 
 
-# The names a FineTune spec may carry; both draw from torch's global generator, which fine-tuning seeds at every step.
-TRANSFORMS = {"cutout": cutout, "randaugment": randaugment}
+@dataclass(frozen=True)
+class Change:
+    """Something that is done to images with a strength: its usual one, and the least and the most that it takes.
+
+    change: of a transform (images [n, 3, h, w] in [-1, 1], strength) -> images; of a purification (pictures uint8
+    [n, h, w, 3], strength, pipeline) -> pictures.
+    """
+
+    change: Callable
+    usual: float
+    least: float
+    most: float
+    whole: bool = False  # whether the strength is a whole number
+
+
+# The names a FineTune may carry, "cutout" or with a strength "cutout:0.25"; both draw from torch's global generator, which
+# fine-tuning seeds at every step.
+TRANSFORMS = {
+    "cutout": Change(cutout, usual=0.5, least=0.01, most=1.0),
+    "randaugment": Change(randaugment, usual=9, least=0, most=30, whole=True),
+}
+
+
+def _named(named: str, kind: str, known: dict[str, Change], none: str = "") -> tuple[Change, float]:
+    """What "name" or "name:strength" stands for; ValueError for an unknown name or a strength that it does not take."""
+    name, colon, strength = named.partition(":")
+    if name not in known:
+        raise ValueError(f"unknown {kind} {named!r}: choose from {none}{', '.join(known)}")
+    found = known[name]
+    try:
+        value = float(strength) if colon else float(found.usual)
+    except ValueError:
+        value = math.nan
+    if not found.least <= value <= found.most or (found.whole and value % 1):
+        number = "a whole number" if found.whole else "a number"
+        raise ValueError(f"{kind} {named!r}: the strength of {name} is {number} from {found.least:g} to {found.most:g}")
+    return found, value
+
+
+def check_transform(named: str) -> None:
+    """ValueError for a transform that is not known, or not in this strength."""
+    _named(named, "transform", TRANSFORMS, "none, ")
+
+
+def transform(named: str) -> Callable[[Tensor], Tensor]:
+    """The function images [n, 3, h, w] in [-1, 1] -> images that a name of TRANSFORMS stands for, with its strength."""
+    found, strength = _named(named, "transform", TRANSFORMS, "none, ")
+    return lambda images: found.change(images, strength)
 
 
 # Perturbations: what an artist may do to the images before anybody has them
@@ -125,7 +173,7 @@ def perturb(
     vae, of = pipeline.vae, range(len(pictures)) if numbers is None else numbers
     kept = [part for part in (vae, network(pipeline)) for part in part.parameters() if part.requires_grad]
     condition = encode(pipeline, caption)
-    pixels = torch.from_numpy(pictures).permute(0, 3, 1, 2).to(vae.device, vae.dtype)
+    pixels = torch.tensor(pictures).permute(0, 3, 1, 2).to(vae.device, vae.dtype)
     low, high = (pixels - eps).clamp(min=0), (pixels + eps).clamp(max=255)
     start = [np.random.default_rng([seed, n]).uniform(-eps, eps, pixels.shape[1:]) for n in of]
     changed = (pixels + torch.from_numpy(np.stack(start)).to(pixels)).clamp(low, high)
@@ -223,4 +271,35 @@ def regenerate(
     return (images * 255).round().astype(np.uint8)
 
 
-PURIFICATIONS = {"jpeg": jpeg, "blur": blur, "noise and resize": noise_and_resize}  # those that need no model
+def autoencoded(pipeline: DiffusionPipeline, pictures: np.ndarray) -> np.ndarray:
+    """Encoded and decoded again by the base model's autoencoder, uint8 [n, h, w, 3]."""
+    with torch.no_grad():
+        return to_uint8(round_trip(pipeline.vae, from_uint8(pictures)))
+
+
+# name -> what it does; "name:strength" in place of the usual one
+PURIFICATIONS = {
+    "jpeg": Change(lambda pictures, q, _: jpeg(pictures, int(q)), usual=75, least=1, most=95, whole=True),
+    "blur": Change(lambda pictures, sigma, _: blur(pictures, sigma), usual=1.0, least=0.1, most=50),
+    "noise and resize": Change(
+        lambda pictures, sigma, _: noise_and_resize(pictures, sigma), usual=8.0, least=0, most=255
+    ),
+    "autoencoder": Change(lambda pictures, _, pipeline: autoencoded(pipeline, pictures), usual=1, least=1, most=1),
+    "regenerate": Change(
+        lambda pictures, share, pipeline: regenerate(pipeline, pictures, share), usual=0.2, least=0.02, most=1.0
+    ),
+}
+
+
+def check_purification(named: str) -> None:
+    """ValueError for a purification that is not known, or not in this strength."""
+    _named(named, "purification", PURIFICATIONS)
+
+
+def purify(named: str, pictures: np.ndarray, pipeline: DiffusionPipeline) -> np.ndarray:
+    """Pictures uint8 [n, h, w, 3] after a purification, "jpeg" or with a strength "jpeg:50"; the sizes stay.
+
+    pipeline: the base model, whose autoencoder or network some of them use.
+    """
+    found, strength = _named(named, "purification", PURIFICATIONS)
+    return found.change(pictures, strength, pipeline)

@@ -4,29 +4,33 @@ import functools
 import json
 import os
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from diffusers import StableDiffusionPipeline
+from diffusers import DiffusionPipeline, StableDiffusionPipeline
 from diffusers.utils import convert_state_dict_to_diffusers
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
-from torch import Tensor
+from safetensors.torch import save_file
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from fx import results
 from fx.datasets import Item, load_images, load_item
-from fx.defenses import TRANSFORMS
+from fx.defenses import check_transform, transform
 from fx.families import Condition, check_tokens, denoise, encode, image_size, training_target
 from fx.models import LORA_FILE, PRECISIONS, load_pipeline, load_tokenizer, model_folder
+from fx.perturbation import Changed, changed_images, item_of
 
 METHODS = ("dreambooth", "lora")
 LORA_LAYERS = ["to_q", "to_k", "to_v", "to_out.0"]  # of self- and cross-attention
+SIGMA_FILE = "sigma.safetensors"
 SAVE_EVERY = 60.0  # seconds between checkpoints
 
 
@@ -36,16 +40,25 @@ class TrainingItem:
 
     item: a shipped item ("style/mimooh") or a folder of images; caption: None for the shipped item's own, a folder needs
     one; first: only so many of its training images, or more than these, where it has further works; None for all training
-    images.
+    images. changed: None, or how these images were changed before anybody trained on them (fx.perturbation); an evaluator
+    compares with the images as they were.
     """
 
     item: str
     caption: str | None = None
     first: int | None = None
+    changed: Changed | None = field(default=None, metadata={"absent": None})
+
+    def __post_init__(self):
+        if self.changed is not None and (not isinstance(self.changed, Changed) or item_of(self.changed) != self.item):
+            raise ValueError(f"changed must be a Perturb or a Purify of {self.item!r}, not {self.changed!r}")
 
 
 def load_training(part: TrainingItem) -> Item:
-    """The images of `part` with the caption they are learned under; ValueError if it has fewer than `first` images."""
+    """The images of `part` as they were, with the caption they are learned under.
+
+    ValueError if it has fewer than `first` images, or if `first` is to go beyond the images that were changed.
+    """
     item = load_item(part.item, part.caption or "")
     works = (*item.training, *item.more)
     if part.first is not None and not 1 <= part.first <= len(works):
@@ -53,7 +66,75 @@ def load_training(part: TrainingItem) -> Item:
         raise ValueError(
             f"{item.name} has {item.n_training} training images{further}: first is 1 to {len(works)}, not {part.first}"
         )
+    if part.changed and part.first and part.first > item.n_training:
+        raise ValueError(
+            f"changed are the {item.n_training} training images of {item.name}: first {part.first} goes beyond"
+        )
     return replace(item, training=item.training if part.first is None else works[: part.first])
+
+
+def learned_from(part: TrainingItem) -> tuple[Path, ...]:
+    """The images that a model is fine-tuned on: those of `load_training`, or what they were changed to, made if missing."""
+    own = load_training(part).training
+    return changed_images(part.changed)[: len(own)] if part.changed else own
+
+
+# Protections: what the owner of a model can do while it is fine-tuned (fewer steps and a lower rank aside)
+
+
+@dataclass(frozen=True)
+class Bayesian:
+    """BNN fine-tuning (Wu et al., 2026): weights are drawn from N(mu, sigma^2) at every forward pass, and mu is the model.
+
+    Drawn are the linear layers of the U-Net but those of cross-attention and of the time embedding; of a LoRA its up
+    matrices. mu and sigma of these are trained, everything else as without. sigma: the standard deviation at the start
+    and of the prior, whose mean is the base model (of a LoRA zero). kl_weight: of the divergence to the prior, summed over
+    weights.
+    """
+
+    sigma: float = 0.01
+    kl_weight: float = 0.0
+
+    def __post_init__(self):
+        if not (0 < self.sigma < 1 and self.kl_weight >= 0):
+            raise ValueError(f"sigma {self.sigma} must lie between 0 and 1, kl_weight {self.kl_weight} be at least 0")
+
+
+@dataclass(frozen=True)
+class PriorPreservation:
+    """DreamBooth's prior loss (Ruiz et al., 2023, Eq. 2): the model also learns what the base model draws for a class.
+
+    caption: of the class, "a dog"; images: how many are drawn by the base model, with classifier-free guidance of
+    `guidance_scale` (diffusers' w, 1 for none) in 25 steps; weight: of this loss (theirs: 1).
+    """
+
+    caption: str
+    images: int = 50
+    weight: float = 1.0
+    guidance_scale: float = 3.0
+
+    def __post_init__(self):
+        if self.images < 1 or self.weight <= 0:
+            raise ValueError(f"images {self.images} must be at least 1, weight {self.weight} above 0")
+
+
+@dataclass(frozen=True)
+class NoisyGradients:
+    """DP-SGD's mechanism (Abadi et al., 2016, Alg. 1), followed by AdamW: what one image can change is bounded and blurred.
+
+    The gradient of every image is clipped to the length `clip`, and Gaussian noise of standard deviation noise * clip is
+    added to their sum. No privacy budget is computed: with a handful of images it would be large.
+    """
+
+    clip: float = 1.0
+    noise: float = 0.01
+
+    def __post_init__(self):
+        if self.clip <= 0 or self.noise < 0:
+            raise ValueError(f"clip {self.clip} must be above 0, noise {self.noise} at least 0")
+
+
+Protection = Bayesian | PriorPreservation | NoisyGradients
 
 
 @dataclass(frozen=True)
@@ -62,8 +143,9 @@ class FineTune:
 
     training: one item, or several for a mixture, in which each image keeps the caption of its item.
     steps_per_image: the optimiser sees steps_per_image * N0 images in all, in batches of `batch_size` (App. E: 200, 1).
-    rank, alpha: of the LoRA; 0 for DreamBooth. transform: "none", or a defense of fx.defenses. precision: of the forward
-    and the backward pass ("float32", "bfloat16", "float16"); weights and optimiser are in float32 always.
+    rank, alpha: of the LoRA; 0 for DreamBooth. transform: "none", or a defense of fx.defenses, with its strength if it is
+    not the usual one ("cutout", "cutout:0.25"). precision: of the forward and the backward pass ("float32", "bfloat16",
+    "float16"); weights and optimiser are in float32 always. protection: None, or what else the owner does.
     """
 
     VERSION: ClassVar[int] = 1
@@ -79,6 +161,7 @@ class FineTune:
     transform: str = "none"
     precision: str = "float32"
     seed: int = 0
+    protection: Protection | None = field(default=None, metadata={"absent": None})
 
     def __post_init__(self):
         if not isinstance(self.training, tuple) or not all(isinstance(part, TrainingItem) for part in self.training):
@@ -91,8 +174,12 @@ class FineTune:
             raise ValueError(f"unknown precision {self.precision!r}: choose from {', '.join(PRECISIONS)}")
         if not (min(self.rank, self.alpha) > 0 if self.method == "lora" else self.rank == self.alpha == 0):
             raise ValueError(f"rank {self.rank} and alpha {self.alpha}: LoRA needs both above 0, DreamBooth both 0")
-        if self.transform != "none" and self.transform not in TRANSFORMS:
-            raise ValueError(f"unknown transform {self.transform!r}: choose from none, {', '.join(TRANSFORMS)}")
+        if self.transform != "none":
+            check_transform(self.transform)
+        if self.protection is not None and not isinstance(self.protection, Protection):
+            raise ValueError(
+                f"protection {self.protection!r} must be None, Bayesian, PriorPreservation or NoisyGradients"
+            )
         if self.steps_per_image < 1 or self.batch_size < 1 or not 0 < self.learning_rate < 1:
             raise ValueError(
                 f"steps_per_image {self.steps_per_image} and batch_size {self.batch_size} must be at least 1, "
@@ -117,6 +204,8 @@ def _(spec: FineTune) -> dict[str, str]:
     check_trainable(spec.base)
     tokenizer = load_tokenizer(spec.base)
     found = {"base": results.sha256_of(model_folder(spec.base))}
+    if isinstance(spec.protection, PriorPreservation):
+        check_tokens(tokenizer, spec.protection.caption, tokenizer.model_max_length)
     for number, part in enumerate(spec.training):
         item = load_training(part)
         check_tokens(tokenizer, item.caption, tokenizer.model_max_length)
@@ -127,13 +216,19 @@ def _(spec: FineTune) -> dict[str, str]:
 
 @results.perform.register
 def _(spec: FineTune, folder: Path) -> None:
-    """Write the fine-tuned U-Net (DreamBooth) or the LoRA, both in diffusers' layout, and losses.npy."""
+    """Write the fine-tuned U-Net (DreamBooth) or the LoRA, both in diffusers' layout, and losses.npy.
+
+    Of a Bayesian fine-tuning these are the means; the standard deviations stand beside in sigma.safetensors, by the names
+    of the weights.
+    """
     items = [load_training(part) for part in spec.training]
     pipeline = load_pipeline(spec.base)
-    images = torch.cat([load_images(item.training, image_size(pipeline)) for item in items])
+    images = torch.cat([load_images(learned_from(part), image_size(pipeline)) for part in spec.training])
     captions = [item.caption for item in items for _ in item.training]
-    losses = train(pipeline, images, captions, spec, results.scratch(spec))
+    losses, sigma = train(pipeline, images, captions, spec, results.scratch(spec))
     np.save(folder / "losses.npy", losses)
+    if sigma:
+        save_file(sigma, folder / SIGMA_FILE)
     if spec.method == "lora":
         layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(pipeline.unet))
         settings = pipeline.unet.peft_config["default"].to_dict()  # without them, loading takes alpha to be the rank
@@ -146,16 +241,21 @@ def _(spec: FineTune, folder: Path) -> None:
 
 def train(
     pipeline: StableDiffusionPipeline, images: Tensor, captions: Sequence[str], spec: FineTune, scratch: Path
-) -> np.ndarray:
-    """Fine-tune `pipeline.unet` in place on images [n0, 3, h, w] under their captions [n0]; losses, float32 [steps].
+) -> tuple[np.ndarray, dict[str, Tensor]]:
+    """Fine-tune `pipeline.unet` in place on images [n0, 3, h, w] under their captions [n0].
 
-    The network learns what it predicts: eps, x0 or v; ValueError for a flow model. Latents, noise and loss have the
-    autoencoder's precision, the draws are the same in any. Killed and called again with the same `scratch`, it goes on
-    from its last checkpoint with the same result: the draws of each step come from their own seed.
+    Returns the losses, float32 [steps], without the terms that a protection adds, and of a Bayesian fine-tuning the
+    standard deviations by the names of the weights. The network learns what it predicts: eps, x0 or v; ValueError for a
+    flow model. Latents, noise and loss have the autoencoder's precision, the draws are the same in any. Killed and called
+    again with the same `scratch`, it goes on from its last checkpoint with the same result: the draws of each step come
+    from their own seed.
     """
     noising, target = training_target(pipeline)
     unet = pipeline.unet
+    class_loss = _class_loss(pipeline, spec, scratch) if isinstance(spec.protection, PriorPreservation) else None
     trained = trained_parameters(pipeline, spec)
+    random = RandomWeights(unet, spec.protection) if isinstance(spec.protection, Bayesian) else None
+    trained += random.sigmas if random else []
     optimizer = torch.optim.AdamW(trained, lr=spec.learning_rate, weight_decay=0.01, fused=True)
     scaler = torch.amp.GradScaler(unet.device.type, enabled=spec.precision == "float16")
     latents, conditions = latent_source(pipeline, images, spec.transform), condition_source(pipeline, captions)
@@ -170,29 +270,174 @@ def train(
         x0 = latents(chosen)
         t = torch.randint(noising.config.num_train_timesteps, (len(x0),)).to(x0.device)
         eps = torch.randn(x0.shape).to(x0)
-        with torch.autocast(unet.device.type, PRECISIONS[spec.precision], enabled=spec.precision != "float32"):
-            predicted = denoise(unet, noising.add_noise(x0, eps, t), t, conditions(chosen))
-        losses[step] = _update(F.mse_loss(predicted, target(x0, eps, t)), trained, optimizer, scaler)
+
+        def loss_of(rows: slice, x0=x0, t=t, eps=eps, chosen=chosen) -> Tensor:
+            """The loss of some rows of the batch."""
+            x = noising.add_noise(x0[rows], eps[rows], t[rows])
+            with torch.autocast(unet.device.type, PRECISIONS[spec.precision], enabled=spec.precision != "float32"):
+                predicted = denoise(unet, x, t[rows], conditions(chosen[rows]))
+            return F.mse_loss(predicted, target(x0[rows], eps[rows], t[rows]))
+
+        if isinstance(spec.protection, NoisyGradients):
+            losses[step] = _noisy_backward(loss_of, len(x0), trained, spec.protection, scaler)
+        else:
+            losses[step] = _backward(loss_of, len(x0), scaler, random, class_loss)
+        _step(trained, optimizer, scaler, random)
         if time.monotonic() - saved > SAVE_EVERY:
             _save(scratch, trained, optimizer, scaler, losses, step + 1)
             saved = time.monotonic()
     unet.requires_grad_(False).eval()
-    return losses
+    return losses, random.named() if random else {}
 
 
-def _update(loss: Tensor, trained: list[Tensor], optimizer, scaler: torch.amp.GradScaler) -> float:
-    """One step of the optimiser, gradients clipped to norm 1; the loss as a number.
+def _backward(loss_of, n: int, scaler: torch.amp.GradScaler, random: "RandomWeights | None", class_loss) -> float:
+    """Gradients of the loss of a batch of n, and of that of the class if there is one; the first as a number."""
+    with random.drawn() if random else nullcontext():
+        loss = loss_of(slice(n))
+        scaler.scale(loss + class_loss(n) if class_loss else loss).backward()
+    return loss.item()
+
+
+def _step(
+    trained: list[Tensor], optimizer, scaler: torch.amp.GradScaler, random: "RandomWeights | None" = None
+) -> None:
+    """One step of the optimiser with the gradients of a scaled loss, clipped to norm 1; random adds its divergence before.
 
     The scaler does nothing but in float16: there it scales the loss, or small gradients would vanish, and leaves out a step
     whose gradients overflow.
     """
-    scaler.scale(loss).backward()
     scaler.unscale_(optimizer)
+    if random:
+        random.add_divergence()
     torch.nn.utils.clip_grad_norm_(trained, 1.0)
     scaler.step(optimizer)
     scaler.update()
     optimizer.zero_grad(set_to_none=True)
-    return loss.item()
+    if random:
+        random.keep_positive()
+
+
+class RandomWeights:
+    """The weights of a network that a Bayesian fine-tuning draws: w = mu + sigma * eps, eps standard normal.
+
+    Outside of `drawn` the network holds mu. The reparametrisation gradient is that of w for mu, and times eps for sigma.
+    """
+
+    LEAST = 1e-7  # of sigma
+
+    def __init__(self, unet: nn.Module, protection: Bayesian):
+        self.chosen = {
+            name: weight for name, weight in unet.named_parameters() if weight.requires_grad and is_random(unet, name)
+        }
+        if not self.chosen:
+            raise ValueError(f"a {type(unet).__name__} has no linear layer that could be drawn")
+        self.mus = list(self.chosen.values())
+        self.sigmas = [nn.Parameter(torch.full_like(mu, protection.sigma)) for mu in self.mus]
+        self.prior = [mu.detach().clone() for mu in self.mus]
+        self.protection = protection
+
+    @contextmanager
+    def drawn(self) -> Iterator[None]:
+        """Inside, the network has weights of one draw; at the end their gradients become those of mu and sigma."""
+        with torch.no_grad():
+            known = [mu.detach().clone() for mu in self.mus]
+            noise = [torch.randn(mu.shape).to(mu) for mu in self.mus]
+            for mu, sigma, eps in zip(self.mus, self.sigmas, noise, strict=True):
+                mu.add_(sigma * eps)
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for mu, sigma, before, eps in zip(self.mus, self.sigmas, known, noise, strict=True):
+                    mu.copy_(before)
+                    sigma.grad = None if mu.grad is None else mu.grad * eps
+
+    def divergence(self) -> Tensor:
+        """KL(N(mu, sigma^2) || prior), summed over all drawn weights, in nats."""
+        parts = []
+        for mu, sigma, mean in zip(self.mus, self.sigmas, self.prior, strict=True):
+            ratio = sigma / self.protection.sigma
+            parts.append(((ratio**2 + ((mu - mean) / self.protection.sigma) ** 2 - 1) / 2 - ratio.log()).sum())
+        return torch.stack(parts).sum()
+
+    def add_divergence(self) -> None:
+        """Add the gradient of kl_weight times the divergence to those of mu and sigma."""
+        if self.protection.kl_weight:
+            (self.protection.kl_weight * self.divergence()).backward()
+
+    @torch.no_grad()
+    def keep_positive(self) -> None:
+        for sigma in self.sigmas:
+            sigma.clamp_(min=self.LEAST)
+
+    def named(self) -> dict[str, Tensor]:
+        return {name: sigma.detach().clone() for name, sigma in zip(self.chosen, self.sigmas, strict=True)}
+
+
+def is_random(unet: nn.Module, name: str) -> bool:
+    """Whether a Bayesian fine-tuning draws the weight of this name: a LoRA's up matrix, or a linear layer's as published."""
+    if ".lora_" in name:
+        return ".lora_B." in name
+    layer = unet.get_submodule(name.rpartition(".")[0])
+    return isinstance(layer, nn.Linear) and not any(part in name for part in (".attn2.", "time_emb"))
+
+
+def _noisy_backward(loss_of, n: int, trained: list[Tensor], protection: NoisyGradients, scaler) -> float:
+    """Gradients of a batch by DP-SGD: each image's clipped, summed, noise added, divided by n; the mean loss."""
+    total, losses = [torch.zeros_like(weight) for weight in trained], []
+    for row in range(n):
+        loss = loss_of(slice(row, row + 1))
+        losses.append(loss.item())
+        gradients = torch.autograd.grad(scaler.scale(loss), trained, materialize_grads=True)
+        gradients = [gradient / scaler.get_scale() for gradient in gradients]
+        length = torch.stack([gradient.norm() for gradient in gradients]).norm()
+        share = (protection.clip / length.clamp(min=1e-12)).clamp(max=1.0)
+        for known, gradient in zip(total, gradients, strict=True):
+            known.add_(gradient * share)
+    for weight, known in zip(trained, total, strict=True):
+        noise = torch.randn(weight.shape).to(weight) * protection.noise * protection.clip
+        weight.grad = scaler.scale((known + noise) / n)
+    return float(np.mean(losses))
+
+
+def _class_loss(pipeline: DiffusionPipeline, spec: FineTune, scratch: Path) -> Callable[[int], Tensor]:
+    """A function that gives the weighted loss on a batch of the base model's own images of the class.
+
+    They are drawn once, as latents, by the pipeline itself, and kept in `scratch`.
+    """
+    prior, (noising, target) = spec.protection, training_target(pipeline)
+    if not (kept := scratch / "class.pt").exists():
+        found = []
+        pipeline.set_progress_bar_config(desc=f"images of {prior.caption!r}", leave=False, mininterval=2)
+        for first in range(0, prior.images, 25):
+            generators = [
+                torch.Generator().manual_seed(spec.seed * 1_000_003 + number)
+                for number in range(first, min(first + 25, prior.images))
+            ]
+            found.append(
+                pipeline(
+                    [prior.caption] * len(generators),
+                    num_inference_steps=25,
+                    guidance_scale=prior.guidance_scale,
+                    generator=generators,
+                    output_type="latent",
+                ).images
+            )
+        pipeline.set_progress_bar_config(disable=True)
+        torch.save(torch.cat(found), part := scratch / "class.pt.part")
+        os.replace(part, kept)
+    known = torch.load(kept, weights_only=True)
+    condition = encode(pipeline, prior.caption)
+
+    def loss(n: int) -> Tensor:
+        x0 = known[torch.randint(len(known), (n,))].to(pipeline.vae.device)
+        t = torch.randint(noising.config.num_train_timesteps, (n,)).to(x0.device)
+        eps = torch.randn(x0.shape).to(x0)
+        with torch.autocast(pipeline.unet.device.type, PRECISIONS[spec.precision], enabled=spec.precision != "float32"):
+            predicted = denoise(pipeline.unet, noising.add_noise(x0, eps, t), t, condition)
+        return prior.weight * F.mse_loss(predicted, target(x0, eps, t))
+
+    return loss
 
 
 def condition_source(pipeline: StableDiffusionPipeline, captions: Sequence[str]):
@@ -218,21 +463,23 @@ def trained_parameters(pipeline: StableDiffusionPipeline, spec: FineTune) -> lis
     return [parameter for parameter in pipeline.unet.parameters() if parameter.requires_grad]
 
 
-def latent_source(pipeline: StableDiffusionPipeline, images: Tensor, transform: str):
+def latent_source(pipeline: StableDiffusionPipeline, images: Tensor, named: str):
     """A function from image numbers [b] to freshly drawn scaled latents [b, c, h, w].
 
     Without a transform the encoder runs once; with one, every drawn image is transformed and encoded anew.
     """
     vae, scale = pipeline.vae, pipeline.vae.config.scaling_factor
-    if transform == "none":
+    if named == "none":
         with torch.no_grad():
             known = vae.encode(images.to(vae.device, vae.dtype)).latent_dist
         mean, std = known.mean, known.std
         return lambda chosen: (mean[chosen] + std[chosen] * torch.randn(mean[chosen].shape).to(mean.device)) * scale
 
+    change = transform(named)
+
     @torch.no_grad()
     def transformed(chosen: Tensor) -> Tensor:
-        posterior = vae.encode(TRANSFORMS[transform](images[chosen]).to(vae.device, vae.dtype)).latent_dist
+        posterior = vae.encode(change(images[chosen]).to(vae.device, vae.dtype)).latent_dist
         return (posterior.mean + posterior.std * torch.randn(posterior.mean.shape).to(vae.device)) * scale
 
     return transformed

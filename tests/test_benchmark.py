@@ -62,7 +62,7 @@ def test_an_items_seconds_are_scaled_up_from_a_few_steps_and_images(monkeypatch,
         assert len(images) == len(captions) == 10
         steps = -(-spec.steps_per_image * 10 // spec.batch_size)
         spend(0.5 * steps)
-        return [0.0] * steps
+        return [0.0] * steps, {}
 
     def sample(pair, caption, n, arm, w, steps, **_):
         assert steps == chosen.sampling_steps

@@ -12,7 +12,7 @@ from scipy import ndimage, stats
 
 from fx import defenses
 from fx.datasets import from_uint8, load_images, load_item, to_uint8
-from fx.defenses import PERTURBATIONS, TRANSFORMS, Draws, Perturbation, cutout, perturb, randaugment
+from fx.defenses import PERTURBATIONS, TRANSFORMS, Draws, Perturbation, cutout, perturb, randaugment, transform
 from fx.families import encode, round_trip
 from fx.models import load_pipeline
 
@@ -121,6 +121,21 @@ def test_randaugment_is_two_operations_of_magnitude_9_drawn_alike_each_from_the_
         assert least <= drawn[name, 1] <= most, name
 
 
+def test_a_name_may_carry_a_strength():
+    images = torch.ones(40, 3, 64, 64)
+    torch.manual_seed(0)
+    erased = [
+        (transform(name)(images) == 0).float().mean(dim=(1, 2, 3)).max().item() for name in ("cutout", "cutout:0.25")
+    ]
+    assert erased == [0.5**2, 0.25**2]  # the whole square lies within some of the images
+    torch.manual_seed(0)
+    of_usual = transform("randaugment")(pictures(40))
+    torch.manual_seed(0)
+    assert torch.equal(transform("randaugment:9")(pictures(40)), of_usual)
+    torch.manual_seed(0)
+    assert not torch.equal(transform("randaugment:25")(pictures(40)), of_usual)
+
+
 @pytest.mark.parametrize("name", TRANSFORMS)
 def test_a_seed_fixes_the_outcome_and_the_input_stays(name):
     images = pictures(8)
@@ -128,7 +143,7 @@ def test_a_seed_fixes_the_outcome_and_the_input_stays(name):
     outcomes = []
     for seed in (1, 1, 2):
         torch.manual_seed(seed)
-        outcomes.append(TRANSFORMS[name](images))
+        outcomes.append(transform(name)(images))
     assert torch.equal(outcomes[0], outcomes[1])
     assert not torch.equal(outcomes[0], outcomes[2])
     assert torch.equal(images, before)

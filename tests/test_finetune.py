@@ -16,8 +16,9 @@ from torch.func import functional_call
 
 from fx import families, finetune, results, tuned
 from fx.datasets import Item, load_images, load_item
+from fx.defenses import TRANSFORMS, Change
 from fx.families import denoise, encode
-from fx.finetune import FineTune, TrainingItem, load_training
+from fx.finetune import Bayesian, FineTune, NoisyGradients, PriorPreservation, TrainingItem, load_training
 from fx.models import LORA_FILE, load_pipeline
 from fx.tuned import load_tuned, own_caption
 
@@ -78,7 +79,7 @@ def trained(fresh, pictures, tmp_path):
     def run(spec: FineTune, images: torch.Tensor = pictures, scratch: str = "scratch", pipeline=None, captions=None):
         pipeline, folder = pipeline or fresh(), tmp_path / scratch
         folder.mkdir(exist_ok=True)
-        losses = finetune.train(pipeline, images, captions or ["a dog"] * len(images), spec, folder)
+        losses, _ = finetune.train(pipeline, images, captions or ["a dog"] * len(images), spec, folder)
         return pipeline.unet.state_dict(), losses
 
     return run
@@ -135,14 +136,24 @@ def twin_loss(pipeline, values: dict, pictures, text, spec: FineTune, step: int)
     return ((predicted - wanted[pipeline.scheduler.config.prediction_type]) ** 2).mean()
 
 
-def twin_training(pipeline, values: dict, pictures, text, spec: FineTune, steps: int) -> list[float]:
-    """Update `values` by AdamW (0.9, 0.999, 1e-8, decay 0.01) on gradients clipped to norm 1; the losses."""
+def twin_training(pipeline, values: dict, pictures, text, spec: FineTune, steps: int, added=None) -> list[float]:
+    """Update `values` by AdamW (0.9, 0.999, 1e-8, decay 0.01) on gradients clipped to norm 1; the losses.
+
+    added: a function of the values and the step, whose result is minimised too.
+    """
+    return twin_descent(
+        values, lambda asked, step: twin_loss(pipeline, asked, pictures, text, spec, step), spec, steps, added
+    )
+
+
+def twin_descent(values: dict, loss_at, spec: FineTune, steps: int, added=None) -> list[float]:
     first, second = ({name: torch.zeros_like(value) for name, value in values.items()} for _ in range(2))
     losses, rate = [], spec.learning_rate
     for step in range(steps):
         asked = {name: value.requires_grad_() for name, value in values.items()}
-        loss = twin_loss(pipeline, asked, pictures, text, spec, step)
-        gradients = dict(zip(asked, torch.autograd.grad(loss, list(asked.values())), strict=True))
+        loss = loss_at(asked, step)
+        total = loss + added(asked, step) if added else loss
+        gradients = dict(zip(asked, torch.autograd.grad(total, list(asked.values())), strict=True))
         norm = torch.sqrt(sum((gradient**2).sum() for gradient in gradients.values()))
         for name, gradient in gradients.items():
             gradient = gradient * min(1.0, 1.0 / (norm + 1e-6))
@@ -175,7 +186,7 @@ def test_a_model_learns_what_it_predicts(spec, fresh64, pictures, kind, tmp_path
         one.scheduler = type(one.scheduler).from_config(one.scheduler.config, prediction_type=kind)
     values = {name: value.detach().clone() for name, value in twin.unet.named_parameters()}
     expected = twin_training(twin, values, pictures, texts(twin, *["a dog"] * 4), asked, steps=2)
-    found = finetune.train(pipeline, pictures, ["a dog"] * 4, asked, tmp_path)
+    found, _ = finetune.train(pipeline, pictures, ["a dog"] * 4, asked, tmp_path)
     assert np.allclose(found, expected, rtol=1e-6, atol=0)
 
 
@@ -343,8 +354,9 @@ def test_the_transform_is_applied_to_the_drawn_images(spec, trained, fresh64, pi
         seen.append(images)
         return images
 
-    monkeypatch.setitem(finetune.TRANSFORMS, "recorded", recorded)
-    monkeypatch.setitem(finetune.TRANSFORMS, "grey", torch.zeros_like)
+    for name, change in {"recorded": recorded, "grey": torch.zeros_like}.items():
+        made = Change(lambda images, _, change=change: change(images), usual=0, least=0, most=0)
+        monkeypatch.setitem(TRANSFORMS, name, made)
     plain, recorded, grey = (
         trained(spec("dreambooth", transform=name), scratch=name, pipeline=fresh64())[0]
         for name in ("none", "recorded", "grey")
@@ -358,7 +370,7 @@ def test_the_transform_is_applied_to_the_drawn_images(spec, trained, fresh64, pi
     assert not all(torch.allclose(grey[name], plain[name], atol=1e-4) for name in plain)
 
 
-@pytest.mark.parametrize("transform", ["cutout", "randaugment"])
+@pytest.mark.parametrize("transform", ["cutout", "randaugment", "cutout:0.25", "randaugment:20"])
 def test_defenses_train_and_are_fixed_by_the_seed(spec, trained, transform):
     asked = spec("lora", transform=transform, steps_per_image=1)
     first, second = (trained(asked, scratch=name)[0] for name in "ab")
@@ -380,7 +392,7 @@ def test_the_saved_model_predicts_what_was_trained(spec, runs, pictures, family,
     """The LoRA has alpha 6 at rank 2: loaded with any other alpha it would predict something else."""
     asked, pipeline = spec(method, base=family, learning_rate=2e-2), load_pipeline(family)
     folder = results.complete(asked)
-    losses = finetune.train(pipeline, pictures, ["a dog"] * 4, asked, tmp_path)
+    losses, _ = finetune.train(pipeline, pictures, ["a dog"] * 4, asked, tmp_path)
     assert np.array_equal(np.load(folder / "losses.npy"), losses)
     assert sorted(path.name for path in folder.iterdir() if path.is_file()) == sorted(
         ["losses.npy", "manifest.json", *([LORA_FILE] if method == "lora" else [])]
@@ -412,7 +424,7 @@ def test_the_first_loss_of_every_family_is_that_of_its_own_schedule_and_predicti
     velocity = pipeline.scheduler.config.prediction_type == "v_prediction"
     assert velocity == family.endswith("sd2")
     wanted = kept.sqrt() * eps - (1 - kept).sqrt() * x0 if velocity else eps
-    losses = finetune.train(pipeline, pictures, ["a dog"] * 4, asked, tmp_path)
+    losses, _ = finetune.train(pipeline, pictures, ["a dog"] * 4, asked, tmp_path)
     assert losses[0] == pytest.approx(((predicted - wanted) ** 2).mean().item(), rel=1e-4)
 
 
@@ -540,7 +552,9 @@ def test_an_update_is_adamw_on_the_clipped_gradient_whatever_the_scale(enabled):
     optimizer = torch.optim.AdamW([parameter], lr=0.1, weight_decay=0.01)
     scaler = torch.amp.GradScaler("cpu", enabled=enabled)
     for scale in (3.0, 0.05):  # gradients of norm above and below 1
-        loss = finetune._update(scale * (parameter * torch.tensor([3.0, 4.0])).sum(), [parameter], optimizer, scaler)
+        loss = scale * (parameter * torch.tensor([3.0, 4.0])).sum()
+        scaler.scale(loss).backward()
+        finetune._step([parameter], optimizer, scaler)
     direction, value, first, second = np.array([0.6, 0.8]), np.array([1.0, -2.0]), 0.0, 0.0
     for step, norm in ((1, 1.0), (2, 0.25)):
         expected = (0.05 * value * [3, 4]).sum()
@@ -548,7 +562,7 @@ def test_an_update_is_adamw_on_the_clipped_gradient_whatever_the_scale(enabled):
         mean, square = first / (1 - 0.9**step), second / (1 - 0.999**step)
         value = value * (1 - 0.1 * 0.01) - 0.1 * mean / (np.sqrt(square) + 1e-8)
     assert np.allclose(parameter.detach(), value, atol=1e-5)
-    assert loss == pytest.approx(expected, rel=1e-5)
+    assert loss.item() == pytest.approx(expected, rel=1e-5)
     assert parameter.grad is None
 
 
@@ -556,11 +570,262 @@ def test_a_step_whose_gradient_overflows_is_left_out_and_the_scale_falls():
     parameter = torch.nn.Parameter(torch.tensor([1.0]))
     optimizer, scaler = torch.optim.AdamW([parameter], lr=0.1), torch.amp.GradScaler("cpu", enabled=True)
     scale = scaler.get_scale()
-    finetune._update((parameter * 1e38).sum(), [parameter], optimizer, scaler)
+    scaler.scale((parameter * 1e38).sum()).backward()
+    finetune._step([parameter], optimizer, scaler)
     assert parameter.item() == 1.0
     assert scaler.get_scale() == scale / 2
-    finetune._update(parameter.sum(), [parameter], optimizer, scaler)
+    scaler.scale(parameter.sum()).backward()
+    finetune._step([parameter], optimizer, scaler)
     assert parameter.item() < 0.91
+
+
+# protections
+
+
+def draws_before(spec: FineTune, pictures, latent: tuple[int, ...], step: int) -> None:
+    """Draw what a step draws of the batch, so that torch's generator stands where a protection begins to draw."""
+    torch.manual_seed(spec.seed * 1_000_003 + step)
+    torch.randint(len(pictures), (spec.batch_size,))
+    torch.randn(spec.batch_size, *latent)
+    torch.randint(T, (spec.batch_size,))
+    torch.randn(spec.batch_size, *latent)
+
+
+@pytest.mark.parametrize("kl_weight", [0.0, 1e-4])
+def test_bayesian_training_is_adamw_on_means_and_deviations(spec, fresh64, pictures, tmp_path, kl_weight):
+    """A twin with the weights written as mu + sigma * eps, autograd through it, and torch's own divergence."""
+    asked = spec("dreambooth", steps_per_image=1, protection=Bayesian(0.02, kl_weight))
+    pipeline, trained = fresh64(), fresh64()
+    start = {name: value.detach().clone() for name, value in pipeline.unet.named_parameters()}
+    losses, sigma = finetune.train(trained, pictures, ["a dog"] * 4, asked, tmp_path)
+    values = {name: value.clone() for name, value in start.items()}
+    values |= {("sigma", name): torch.full_like(start[name], 0.02) for name in sigma}
+    text = texts(pipeline, *["a dog"] * 4)
+
+    def loss_at(asked_values, step):
+        draws_before(asked, pictures, (4, 4, 4), step)
+        weights = {name: value for name, value in asked_values.items() if isinstance(name, str)}
+        for name in sigma:
+            weights[name] = weights[name] + asked_values["sigma", name] * torch.randn(weights[name].shape).double()
+        return twin_loss(pipeline, weights, pictures, text, asked, step)
+
+    def divergence(asked_values, _):
+        normal, kl = torch.distributions.Normal, torch.distributions.kl_divergence
+        parts = (
+            kl(normal(asked_values[name], asked_values["sigma", name]), normal(start[name], 0.02)).sum()
+            for name in sigma
+        )
+        return kl_weight * sum(parts)
+
+    expected = twin_descent(values, loss_at, asked, 2, divergence)
+    assert np.allclose(losses, expected, rtol=1e-6, atol=0)
+    weights = trained.unet.state_dict()
+    for name, value in start.items():
+        assert torch.allclose(weights[name], values[name], rtol=0, atol=1e-9), name
+        assert not torch.equal(weights[name], value), name
+    for name in sigma:
+        assert torch.allclose(sigma[name], values["sigma", name], rtol=0, atol=1e-9), name
+        assert not torch.equal(sigma[name], torch.full_like(sigma[name], 0.02)), name
+
+
+def test_drawn_are_linear_layers_but_those_of_cross_attention_and_time(spec, fresh, pictures, tmp_path):
+    _, sigma = finetune.train(
+        fresh(), pictures, ["a dog"] * 4, spec("dreambooth", steps_per_image=1, protection=Bayesian()), tmp_path
+    )
+    kinds = {name.split("transformer_blocks.0.")[-1] for name in sigma if "transformer_blocks.0." in name}
+    assert kinds == {
+        *(f"attn1.{part}.weight" for part in PROJECTIONS),
+        "attn1.to_out.0.bias",
+        *(f"ff.net.{part}.{kind}" for part in ("0.proj", "2") for kind in ("weight", "bias")),
+    }
+    assert not any(part in name for name in sigma for part in ("time_emb", "conv", "norm", "attn2"))
+
+
+@pytest.mark.parametrize("method", finetune.METHODS)
+def test_a_bayesian_model_is_its_means_on_disk_with_the_deviations_beside(
+    spec, runs, fresh, pictures, tmp_path, method
+):
+    asked, pipeline = spec(method, learning_rate=2e-2, protection=Bayesian(0.05)), fresh()
+    folder = results.complete(asked)
+    _, sigma = finetune.train(pipeline, pictures, ["a dog"] * 4, asked, tmp_path)
+    assert equal(load_file(folder / finetune.SIGMA_FILE), sigma)
+    assert all((value > 0).all() for value in sigma.values())
+    if method == "lora":
+        assert sigma
+        assert all(".lora_B." in name for name in sigma)
+    pair, text = load_tuned(asked), encode(pipeline, "a dog")
+    x, t = torch.randn(2, 4, 4, 4, generator=torch.Generator().manual_seed(0)), torch.tensor(300)
+    with torch.no_grad():
+        found = [pair.predict("tuned", x, t, text) for _ in range(2)]
+        assert torch.equal(*found), "no draws in generation"
+        assert torch.allclose(found[0], denoise(pipeline.unet, x, t, text), atol=1e-5)
+
+
+def test_deviations_never_reach_zero(fresh):
+    pipeline = fresh()
+    pipeline.unet.requires_grad_(True)
+    random = finetune.RandomWeights(pipeline.unet, Bayesian(0.01))
+    with torch.no_grad():
+        random.sigmas[0].fill_(-1.0)
+    random.keep_positive()
+    assert (random.sigmas[0] == random.LEAST).all()
+    assert (random.sigmas[1] == torch.tensor(0.01)).all()
+
+
+def test_the_network_holds_its_means_again_after_a_draw_that_failed(fresh):
+    pipeline = fresh()
+    pipeline.unet.requires_grad_(True)
+    before = {name: value.clone() for name, value in pipeline.unet.state_dict().items()}
+    random = finetune.RandomWeights(pipeline.unet, Bayesian(0.5))
+
+    def killed_inside():
+        with random.drawn():
+            assert not equal(pipeline.unet.state_dict(), before)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        killed_inside()
+    assert equal(pipeline.unet.state_dict(), before)
+
+
+def test_prior_preservation_also_learns_what_the_base_model_draws_for_the_class(spec, fresh64, pictures, tmp_path):
+    """A twin that takes the kept latents of the class and adds their loss."""
+    prior = PriorPreservation("a cat", images=3, weight=0.5)
+    asked, pipeline, trained = spec("dreambooth", steps_per_image=1, protection=prior), fresh64(), fresh64()
+    losses, _ = finetune.train(trained, pictures, ["a dog"] * 4, asked, tmp_path)
+    known = torch.load(tmp_path / "class.pt", weights_only=True)
+    assert known.shape == (3, 4, 4, 4)
+    assert known.isfinite().all()
+    values = {name: value.detach().clone() for name, value in pipeline.unet.named_parameters()}
+    of_class = texts(pipeline, "a cat")
+
+    def loss_of_class(asked_values, step):
+        draws_before(asked, pictures, (4, 4, 4), step)
+        x0 = known[torch.randint(3, (2,))].double()
+        t, eps = torch.randint(T, (2,)), torch.randn(2, 4, 4, 4)
+        kept = alpha_bar(pipeline)[t].double()[:, None, None, None]
+        x = kept.sqrt() * x0 + (1 - kept).sqrt() * eps
+        found = twin_noise_prediction(pipeline.unet, asked_values, 0, x, t, of_class.expand(2, -1, -1))
+        return 0.5 * ((found - eps) ** 2).mean()
+
+    expected = twin_training(
+        pipeline, values, pictures, texts(pipeline, *["a dog"] * 4), asked, steps=2, added=loss_of_class
+    )
+    assert np.allclose(losses, expected, rtol=1e-6, atol=0)
+    for name, value in values.items():
+        assert torch.allclose(trained.unet.state_dict()[name], value, rtol=0, atol=1e-9), name
+
+
+def test_the_images_of_the_class_are_the_base_models_under_its_caption(spec, fresh, pictures, tmp_path):
+    """Each owns its seed; with 25 DDIM steps and guidance, written out, the latents are the kept ones."""
+    prior = PriorPreservation("a cat", images=2, guidance_scale=2.0)
+    pipeline, asked = fresh(), spec("dreambooth", steps_per_image=1, protection=prior)
+    finetune.train(fresh(), pictures, ["a dog"] * 4, asked, tmp_path)
+    known = torch.load(tmp_path / "class.pt", weights_only=True)
+    scheduler = type(pipeline.scheduler).from_config(pipeline.scheduler.config)
+    scheduler.set_timesteps(25)
+    text = torch.cat([texts(pipeline, ""), texts(pipeline, "a cat")])
+    for number in range(2):
+        generator = torch.Generator().manual_seed(5 * 1_000_003 + number)
+        x = torch.randn(1, 4, 4, 4, generator=generator) * scheduler.init_noise_sigma
+        for t in scheduler.timesteps:
+            with torch.no_grad():
+                empty, full = pipeline.unet(torch.cat([x, x]), t, text).sample.chunk(2)
+            x = scheduler.step(empty + 2.0 * (full - empty), t, x).prev_sample
+        assert torch.allclose(known[number], x[0], atol=1e-4)
+
+
+def test_noisy_gradients_without_noise_and_clipping_are_those_of_dreambooth(spec, fresh64, pictures, tmp_path):
+    weights, losses = [], []
+    for protection in (None, NoisyGradients(clip=1e9, noise=0.0)):
+        pipeline = fresh64()
+        (folder := tmp_path / str(len(weights))).mkdir()
+        asked = spec("dreambooth", steps_per_image=1, protection=protection)
+        losses.append(finetune.train(pipeline, pictures, ["a dog"] * 4, asked, folder)[0])
+        weights.append(pipeline.unet.state_dict())
+    assert np.allclose(*losses, rtol=1e-6, atol=0)
+    assert all(torch.allclose(weights[0][name], weights[1][name], rtol=0, atol=1e-9) for name in weights[0])
+
+
+def test_each_images_gradient_is_clipped_and_noise_of_the_given_size_is_added():
+    """Gradients known in closed form: row i of the loss is <v_i, w>, whose gradient is v_i."""
+    vectors = torch.tensor([[3.0, 4.0], [0.3, 0.4], [0.0, -2.0], [0.0, 0.0]])
+    weight = torch.nn.Parameter(torch.tensor([1.0, 2.0]))
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+
+    def gradient(noise: float, seed: int = 0) -> torch.Tensor:
+        torch.manual_seed(seed)
+        loss = finetune._noisy_backward(
+            lambda rows: (vectors[rows] @ weight).mean(), 4, [weight], NoisyGradients(1.0, noise), scaler
+        )
+        assert loss == pytest.approx(((vectors @ weight.detach()).mean()).item())
+        return weight.grad
+
+    assert torch.allclose(
+        gradient(0.0), (torch.tensor([0.6, 0.8]) + torch.tensor([0.3, 0.4]) - torch.tensor([0, 1.0])) / 4
+    )
+    added = torch.stack([gradient(2.0, seed) - gradient(0.0) for seed in range(500)])
+    assert abs(added.mean()) < 0.1
+    assert added.std().item() == pytest.approx(2.0 / 4, rel=0.12)
+
+
+@pytest.mark.parametrize(
+    "protection", [Bayesian(0.05, 1e-5), PriorPreservation("a cat", 2), NoisyGradients()], ids=repr
+)
+@pytest.mark.parametrize("method", finetune.METHODS)
+def test_protected_training_is_fixed_by_the_seed_and_goes_on_where_it_was_killed(
+    spec, fresh, pictures, tmp_path, monkeypatch, method, protection
+):
+    asked, pipelines = spec(method, protection=protection), [fresh(), fresh()]
+    places = [tmp_path / "whole", tmp_path / "killed"]
+    for place in places:
+        place.mkdir()
+    whole = finetune.train(pipelines[0], pictures, ["a dog"] * 4, asked, places[0])
+    real = finetune.tqdm
+
+    def until_killed(steps, *_, **__):
+        yield from range(steps.start, 3)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(finetune, "SAVE_EVERY", -1.0)
+    monkeypatch.setattr(finetune, "tqdm", until_killed)
+    with pytest.raises(KeyboardInterrupt):
+        finetune.train(fresh(), pictures, ["a dog"] * 4, asked, places[1])
+    monkeypatch.setattr(finetune, "tqdm", real)
+    again = finetune.train(pipelines[1], pictures, ["a dog"] * 4, asked, places[1])
+    assert np.array_equal(whole[0], again[0])
+    assert equal(whole[1], again[1])
+    assert equal(*(pipeline.unet.state_dict() for pipeline in pipelines))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Bayesian(0.0), "sigma 0.0 must lie between 0 and 1"),
+        (lambda: Bayesian(0.01, -1.0), "kl_weight -1.0 be at least 0"),
+        (lambda: PriorPreservation("a dog", 0), "images 0 must be at least 1"),
+        (lambda: PriorPreservation("a dog", 5, 0.0), "weight 0.0 above 0"),
+        (lambda: NoisyGradients(0.0), "clip 0.0 must be above 0"),
+        (lambda: NoisyGradients(1.0, -0.1), "noise -0.1 at least 0"),
+    ],
+)
+def test_impossible_protections_are_refused(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_a_class_caption_that_is_too_long_is_refused_before_any_work(spec, runs):
+    with pytest.raises(ValueError, match="has 32 tokens, the text encoder reads at most 16"):
+        results.complete(spec("lora", protection=PriorPreservation("dog " * 30)))
+
+
+def test_a_protection_is_part_of_the_address_and_none_leaves_it_as_it_was(spec):
+    plain = spec("dreambooth")
+    digests = {
+        results.digest(replace(plain, protection=p)) for p in (None, Bayesian(), Bayesian(0.02), NoisyGradients())
+    }
+    assert len(digests) == 4
+    assert "protection" not in results._asked(plain)["spec"]["fields"]
 
 
 # addresses and refusals
@@ -609,6 +874,10 @@ def test_the_digest_follows_the_caption_that_a_shipped_item_brings_along(spec, m
         ("lora", {"alpha": 0}, "rank 2 and alpha 0"),
         ("lora", {"rank": -1}, "rank -1 and alpha 6"),
         ("lora", {"transform": "blur"}, "unknown transform 'blur': choose from none, cutout, randaugment"),
+        ("lora", {"transform": "cutout:2"}, "'cutout:2': the strength of cutout is a number from 0.01 to 1"),
+        ("lora", {"transform": "cutout:half"}, "'cutout:half': the strength of cutout is a number from 0.01 to 1"),
+        ("lora", {"transform": "randaugment:9.5"}, "the strength of randaugment is a whole number from 0 to 30"),
+        ("lora", {"protection": "bayesian"}, "protection 'bayesian' must be None, Bayesian, PriorPreservation or"),
         ("lora", {"steps_per_image": 0}, "steps_per_image 0 and batch_size 2 must be at least 1"),
         ("lora", {"batch_size": 0}, "batch_size 0 must be at least 1"),
         ("lora", {"learning_rate": 0.0}, "learning_rate 0.0 between 0 and 1"),
