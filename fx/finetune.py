@@ -86,10 +86,10 @@ def learned_from(part: TrainingItem) -> tuple[Path, ...]:
 class Bayesian:
     """BNN fine-tuning (Wu et al., 2026): weights are drawn from N(mu, sigma^2) at every forward pass, and mu is the model.
 
-    Drawn are the linear layers of the U-Net but those of cross-attention and of the time embedding; of a LoRA its up
-    matrices. mu and sigma of these are trained, everything else as without. sigma: the standard deviation at the start
-    and of the prior, whose mean is the base model (of a LoRA zero). kl_weight: of the divergence to the prior, summed over
-    weights.
+    Drawn are the linear layers of the U-Net but those of cross-attention and of what embeds the time (and SDXL's sizes and
+    pooled text); of a LoRA its up matrices. mu and sigma of these are trained, everything else as without. sigma: the
+    standard deviation at the start and of the prior, whose mean is the base model (of a LoRA zero). kl_weight: of the
+    divergence to the prior, summed over weights.
     """
 
     sigma: float = 0.01
@@ -114,8 +114,11 @@ class PriorPreservation:
     guidance_scale: float = 3.0
 
     def __post_init__(self):
-        if self.images < 1 or self.weight <= 0:
-            raise ValueError(f"images {self.images} must be at least 1, weight {self.weight} above 0")
+        if not (self.images >= 1 and self.weight > 0 and self.guidance_scale >= 1):
+            raise ValueError(
+                f"images {self.images} and guidance_scale {self.guidance_scale} must be at least 1, "
+                f"weight {self.weight} above 0"
+            )
 
 
 @dataclass(frozen=True)
@@ -123,14 +126,15 @@ class NoisyGradients:
     """DP-SGD's mechanism (Abadi et al., 2016, Alg. 1), followed by AdamW: what one image can change is bounded and blurred.
 
     The gradient of every image is clipped to the length `clip`, and Gaussian noise of standard deviation noise * clip is
-    added to their sum. No privacy budget is computed: with a handful of images it would be large.
+    added to their sum; the mean over the batch is then clipped to length 1, like the gradients of every fine-tuning here. No
+    privacy budget is computed: with a handful of images it would be large.
     """
 
     clip: float = 1.0
     noise: float = 0.01
 
     def __post_init__(self):
-        if self.clip <= 0 or self.noise < 0:
+        if not (self.clip > 0 and self.noise >= 0):
             raise ValueError(f"clip {self.clip} must be above 0, noise {self.noise} at least 0")
 
 
@@ -379,7 +383,7 @@ def is_random(unet: nn.Module, name: str) -> bool:
     if ".lora_" in name:
         return ".lora_B." in name
     layer = unet.get_submodule(name.rpartition(".")[0])
-    return isinstance(layer, nn.Linear) and not any(part in name for part in (".attn2.", "time_emb"))
+    return isinstance(layer, nn.Linear) and not any(part in name for part in (".attn2.", "time_emb", "add_emb"))
 
 
 def _noisy_backward(loss_of, n: int, trained: list[Tensor], protection: NoisyGradients, scaler) -> float:

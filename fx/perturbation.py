@@ -21,7 +21,7 @@ class Perturb:
 
     item: as in a TrainingItem; base: the model that they are changed against, which need not be the one that is fine-tuned;
     caption: what it is told of them, since an artist does not know a later caption. The images are those of the base
-    model's size. A folder of images/00.png, ... in the item's order.
+    model's size, and lie in images/00000.png, ... in the item's order.
     """
 
     VERSION: ClassVar[int] = 1
@@ -93,7 +93,7 @@ def _(spec: Purify) -> dict[str, str]:
 
 @results.perform.register
 def _(spec: Perturb, folder: Path) -> None:
-    """Write images/NN.png; an interrupted run goes on with the images that are missing."""
+    """Write images/NNNNN.png; an interrupted run goes on with the images that are missing."""
     pipeline = load_pipeline(spec.base)
     training_target(pipeline)
     check_caption(pipeline, spec.caption)
@@ -104,17 +104,19 @@ def _(spec: Perturb, folder: Path) -> None:
         total=len(pictures) * spec.steps, desc=f"{spec.method} {spec.item[-40:]}", mininterval=2, leave=False
     ) as bar:
         for number, picture in enumerate(pictures):
-            if not (kept := scratch / f"{number:02d}.npy").exists():
+            if (kept := scratch / f"{number}.npy").exists():
+                bar.update(spec.steps)
+            else:
                 done = perturb(pipeline, picture[None], **options, numbers=[number], progress=bar.update)[0]
                 np.save(part := scratch / "part.npy", done)
                 part.replace(kept)
-    changed = [np.load(scratch / f"{number:02d}.npy") for number in range(len(pictures))]
+    changed = [np.load(scratch / f"{number}.npy") for number in range(len(pictures))]
     _write(folder, np.stack(changed))
 
 
 @results.perform.register
 def _(spec: Purify, folder: Path) -> None:
-    """Write images/NN.png."""
+    """Write images/NNNNN.png."""
     pipeline = load_pipeline(spec.base)
     paths = load_item(spec.of, "any").training if isinstance(spec.of, str) else changed_images(spec.of)
     _write(folder, purify(spec.how, to_uint8(load_images(paths, image_size(pipeline))), pipeline))
@@ -123,4 +125,4 @@ def _(spec: Purify, folder: Path) -> None:
 def _write(folder: Path, pictures: np.ndarray) -> None:
     (folder / "images").mkdir()
     for number, picture in enumerate(pictures):
-        Image.fromarray(picture).save(folder / f"images/{number:02d}.png")
+        Image.fromarray(picture).save(folder / f"images/{number:05d}.png")

@@ -661,6 +661,20 @@ def test_a_bayesian_model_is_its_means_on_disk_with_the_deviations_beside(
         assert torch.allclose(found[0], denoise(pipeline.unet, x, t, text), atol=1e-5)
 
 
+@pytest.mark.parametrize("protection", [Bayesian(0.02), PriorPreservation("a cat", 2), NoisyGradients()], ids=repr)
+def test_every_family_is_fine_tuned_with_every_protection(spec, runs, family, protection):
+    """Something else is learned than without, and what is left loads as a model of the family."""
+    plain, asked = (spec("dreambooth", base=family, protection=kind) for kind in (None, protection))
+    weights = [load_file(results.complete(s) / WEIGHTS["dreambooth"]) for s in (plain, asked)]
+    assert weights[0].keys() == weights[1].keys()
+    assert not equal(*weights)
+    assert all(value.isfinite().all() for value in weights[1].values())
+    load_tuned(asked)
+    if isinstance(protection, Bayesian):
+        drawn = load_file(results.complete(asked) / finetune.SIGMA_FILE)
+        assert not any(part in name for name in drawn for part in ("embedding", "time_emb", "attn2"))
+
+
 def test_deviations_never_reach_zero(fresh):
     pipeline = fresh()
     pipeline.unet.requires_grad_(True)
@@ -803,8 +817,11 @@ def test_protected_training_is_fixed_by_the_seed_and_goes_on_where_it_was_killed
     [
         (lambda: Bayesian(0.0), "sigma 0.0 must lie between 0 and 1"),
         (lambda: Bayesian(0.01, -1.0), "kl_weight -1.0 be at least 0"),
-        (lambda: PriorPreservation("a dog", 0), "images 0 must be at least 1"),
+        (lambda: PriorPreservation("a dog", 0), "images 0 and guidance_scale 3.0 must be at least 1"),
         (lambda: PriorPreservation("a dog", 5, 0.0), "weight 0.0 above 0"),
+        (lambda: PriorPreservation("a dog", 5, float("nan")), "weight nan above 0"),
+        (lambda: PriorPreservation("a dog", guidance_scale=0.5), "guidance_scale 0.5 must be at least 1"),
+        (lambda: NoisyGradients(float("nan")), "clip nan must be above 0"),
         (lambda: NoisyGradients(0.0), "clip 0.0 must be above 0"),
         (lambda: NoisyGradients(1.0, -0.1), "noise -0.1 at least 0"),
     ],

@@ -5,6 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import tiny
+from PIL import Image
 
 from fx import defenses, finetune, perturbation, results
 from fx.datasets import load_images, load_item, to_uint8
@@ -43,7 +44,7 @@ def test_images_are_changed_within_the_budget_one_by_one_in_the_order_of_the_ite
 ):
     spec = perturb(method=method, eps=5, seed=3)
     found = shown(spec)
-    assert [path.name for path in changed_images(spec)] == [f"{n:02d}.png" for n in range(4)]
+    assert [path.name for path in changed_images(spec)] == [f"{n:05d}.png" for n in range(4)]
     apart = np.abs(found.astype(int) - pictures)
     assert 3 <= apart.max() <= 5
     for number, picture in enumerate(pictures):
@@ -51,6 +52,17 @@ def test_images_are_changed_within_the_budget_one_by_one_in_the_order_of_the_ite
             tiny_pipeline, picture[None], method, eps=5, steps=3, step_size=4.0, seed=3, numbers=[number]
         )
         assert np.array_equal(own[0], found[number])
+
+
+def test_more_than_a_hundred_images_keep_the_order_of_the_item(tmp_path, runs, tiny_sd):
+    """Each picture is of a grey of its own, so that one in another's place would be seen; JPEG keeps plain ones."""
+    (folder := tmp_path / "many").mkdir()
+    greys = [40 + n for n in range(103)]
+    for number, grey in enumerate(greys):
+        Image.new("RGB", (16, 16), (grey,) * 3).save(folder / f"{number:03d}.png")
+    found = shown(Purify(str(folder), "jpeg", str(tiny_sd)))
+    assert np.abs(found[:, 8, 8, 0].astype(int) - greys).max() <= 1
+    assert found[:, 8, 8, 0].tolist() == sorted(found[:, 8, 8, 0].tolist())
 
 
 def test_an_interrupted_perturbation_goes_on_with_the_images_that_are_missing(perturb, runs, monkeypatch):
