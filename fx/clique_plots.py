@@ -25,7 +25,7 @@ def clique_drawing(members: Shown, centre: Shown, training: Shown, title: str = 
     members: in rows of `columns`; centre: one picture; training: in rows of three.
     """
     rows = max(-(-len(members[0]) // columns), 2)
-    figure = plt.figure(figsize=(9, 0.74 * rows + 0.8), layout="constrained")
+    figure = plt.figure(figsize=(9, 0.86 * rows + 0.8), layout="constrained")
     figure.get_layout_engine().set(h_pad=0.01, hspace=0, w_pad=0.02)
     parts = figure.subfigures(1, 3, width_ratios=[columns, 2.2, 3.9])
     headings = ("images of the clique", "its centre, extracted", "training images that they are most like")
@@ -33,10 +33,11 @@ def clique_drawing(members: Shown, centre: Shown, training: Shown, title: str = 
         part.suptitle(heading, fontsize=9)
         axes = part.subplots(-(-len(shown[0]) // width), width, squeeze=False).ravel()
         for axis in axes:
-            axis.axis("off")
+            axis.set(xticks=[], yticks=[])
+            axis.spines[:].set_visible(False)
         for axis, picture, text in zip(axes, *shown, strict=False):  # the last row may have room
             axis.imshow(picture)
-            axis.set_title(text, fontsize=7, y=-0.05, va="top")
+            axis.set_xlabel(text, fontsize=7, labelpad=1)
     for part in parts[1:]:
         arrow = FancyArrowPatch((-0.04, 0.5), (0.04, 0.5), transform=part.transSubfigure, arrowstyle="-|>", lw=1.5)
         arrow.set(mutation_scale=14, color="black", clip_on=False)

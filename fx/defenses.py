@@ -136,10 +136,18 @@ def closeness_to_nothing(pipeline: DiffusionPipeline, images: Tensor, condition:
     return -pipeline.vae.encode(images).latent_dist.mean.square().mean(dim=(1, 2, 3))
 
 
+def nothing(pipeline: DiffusionPipeline, images: Tensor, condition: Condition, draws: Draws) -> Tensor:
+    """No gain at all, [n] zeros: the random start within the budget stays, a null for the others, which begin from it."""
+    return 0 * images.sum(dim=(1, 2, 3))
+
+
 PERTURBATIONS = {
     "advdm": Perturbation("the base model denoises the image worse (AdvDM)", denoising_error),
     "mist": Perturbation("its latent comes near that of a pattern (Mist's texture term)", closeness_to_pattern),
     "photoguard": Perturbation("its latent comes near zero (PhotoGuard's encoder attack)", closeness_to_nothing),
+    "random": Perturbation(
+        "a random change of the same budget, which follows nothing: what the others must beat", nothing
+    ),
 }
 
 

@@ -19,7 +19,7 @@ from fx.paths import COMPLETE, FIGURES
 from fx.sampling import generated_pictures
 
 # of Table 1's artists and objects, each the one whose gain in AS by FineXtract over CFG is the median (DreamBooth)
-TYPICAL = ("style/gerald-g", "object/sailboat")
+TYPICAL = ("style/marko-j-kolehmainen", "object/elephant")
 
 
 def arguments(words: list[str] | None = None) -> argparse.Namespace:

@@ -12,6 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import FancyArrowPatch
+from matplotlib.transforms import ScaledTranslation
 
 from fx.metrics import mean_interval
 from fx.paths import COMPLETE, FIGURES, SHIPPED_FIGURES
@@ -136,7 +137,7 @@ SYMBOLS = {
     "correction_scale": "correction scale $k$",
     "n_training": "training images $N_0$",
     "images_per_training": r"generated images, $N\,/\,N_0$",
-    "steps_per_image": "training steps per image",
+    "steps_per_image": "images seen per training image",
     "evaluations": "network evaluations per image",
     "rank": "rank of the LoRA",
 }
@@ -152,17 +153,17 @@ def score_curves(
     """
     blocks = list(dict.fromkeys(rows[block]))
     figure, axes = plt.subplots(1, len(blocks), figsize=(3.6 * len(blocks), 2.6), sharey=True, squeeze=False)
-    kinds = known_arms(rows) if lines == "arm" else list(dict.fromkeys(rows[lines]))
-    colours = ARM_COLOURS if lines == "arm" else dict(zip(kinds, sns.color_palette("colorblind"), strict=False))
-    markers = dict(zip(kinds, "osD^vP*X<>", strict=False))  # told apart in grey too
-    flat = {"direct"} & set(kinds) if x == "guidance_scale" else set()
-    common = {"hue_order": kinds, "palette": colours, "style_order": kinds, "dashes": False, "markers": markers}
+    order = known_arms(rows) if lines == "arm" else list(dict.fromkeys(rows[lines]))
+    colours = ARM_COLOURS if lines == "arm" else dict(zip(order, sns.color_palette("colorblind"), strict=False))
+    markers = dict(zip(order, "osD^vP*X<>", strict=False))  # told apart in grey too
+    flat = {"direct"} & set(order) if x == "guidance_scale" else set()
+    kinds = [kind for kind in order if kind not in flat]
     for axis, name in zip(axes[0], blocks, strict=True):
         panel = rows[rows[block] == name]
         curves = panel[~panel[lines].isin(flat)]
-        sns.lineplot(
-            curves, x=x, y=score, hue=lines, style=lines, errorbar=mean_interval, ax=axis, legend=False, **common
-        )
+        for number, kind in enumerate(kinds):
+            shift = 3.0 * (number - (len(kinds) - 1) / 2)
+            _curve(axis, curves[curves[lines] == kind], x, score, shift, color=colours[kind], marker=markers[kind])
         for kind in flat & set(panel[lines]):
             axis.axhline(panel[panel[lines] == kind][score].mean(), color=colours[kind], linestyle="--")
         axis.set(title=LABELS.get(name, name), xlabel=SYMBOLS.get(x, x.replace("_", " ")))
@@ -172,11 +173,24 @@ def score_curves(
             axis.set_xscale("log")
             axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
             axis.minorticks_off()
-    looks = {kind: {"linestyle": "--"} if kind in flat else {"marker": markers[kind]} for kind in kinds}
+    looks = {kind: {"linestyle": "--"} if kind in flat else {"marker": markers[kind]} for kind in order}
     handles = [Line2D([], [], color=colours[kind], **look) for kind, look in looks.items()]
-    names = [LABELS.get(kind, str(kind)) for kind in kinds]
+    names = [LABELS.get(kind, str(kind)) for kind in order]
     axes[0, -1].legend(handles, names, loc="upper left", bbox_to_anchor=(1, 1))
     return figure
+
+
+def _curve(axis: Axes, rows: pd.DataFrame, x: str, score: str, shift: float, **look) -> None:
+    """Means over x with their intervals as bars, drawn `shift` points to the side, so that lines do not hide one another."""
+    place = axis.transData + ScaledTranslation(shift / 72, 0, axis.figure.dpi_scale_trans)
+    grouped = rows.groupby(x)[score]
+    means, intervals = grouped.mean(), [mean_interval(values.to_numpy()) for _, values in grouped]
+    axis.plot(means.index, means, transform=place, markersize=4, **look)
+    low, high = zip(*intervals, strict=True) if intervals else ((), ())
+    axis.vlines(list(means.index), low, high, transform=place, color=look["color"], linewidth=1, alpha=0.6)
+    ends = np.array([(at, y) for at, *ys in zip(means.index, means, low, high, strict=True) for y in ys], dtype=float)
+    axis.update_datalim(ends[np.isfinite(ends).all(axis=1)].reshape(-1, 2))  # what is shifted does not count by itself
+    axis.autoscale_view()
 
 
 def paired_differences(
@@ -382,6 +396,35 @@ def forest(differences: pd.DataFrame, by: list[str], panel: str = "score", xlabe
         axis.locator_params(axis="x", nbins=4)
     axes[0, 0].set(yticks=range(len(labels)), yticklabels=labels)
     axes[0, 0].invert_yaxis()
+    return figure
+
+
+def tradeoff(rows: pd.DataFrame, xs: list[str], y: str, name: str, kind: str) -> Figure:
+    """A numbered point per `name`, the mean over items of `y` over that of each x, with 95% t-intervals; a panel per x.
+
+    rows: one per item and name; kind: a column that gives the points their colour. What the numbers stand for is listed at
+    the side, in order of appearance.
+    """
+    names, kinds = list(dict.fromkeys(rows[name])), list(dict.fromkeys(rows[kind]))
+    colours = dict(zip(kinds, sns.color_palette("colorblind", len(kinds)), strict=True))
+    figure, axes = plt.subplots(
+        1, len(xs), figsize=(3.1 * len(xs) + 2.2, 3.4), sharey=True, squeeze=False, layout="constrained"
+    )
+    for axis, x in zip(axes[0], xs, strict=True):
+        for number, which in enumerate(names, 1):
+            own = rows[rows[name] == which]
+            colour, place = colours[own[kind].iloc[0]], (own[x].mean(), own[y].mean())
+            axis.plot(mean_interval(own[x].to_numpy()), [place[1]] * 2, color=colour, linewidth=0.8, alpha=0.6)
+            axis.plot([place[0]] * 2, mean_interval(own[y].to_numpy()), color=colour, linewidth=0.8, alpha=0.6)
+            axis.scatter(*place, s=90, color="white", edgecolor=colour, zorder=3)
+            axis.annotate(str(number), place, ha="center", va="center", fontsize=7, zorder=4)
+        axis.set_xlabel(LABELS.get(x, x))
+    axes[0, 0].set_ylabel(LABELS.get(y, y))
+    of = {which: rows[rows[name] == which][kind].iloc[0] for which in names}
+    handles = [
+        Line2D([], [], color=colours[of[which]], marker="o", markerfacecolor="white", linestyle="") for which in names
+    ]
+    figure.legend(handles, [f"{n} {which}" for n, which in enumerate(names, 1)], loc="outside right upper")
     return figure
 
 

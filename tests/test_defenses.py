@@ -228,6 +228,14 @@ def test_ascent_follows_the_sign_of_the_slope_to_the_edge_of_the_budget_and_of_t
     assert np.abs(one - moved.clip(before - 10.0, before + 10.0).clip(0, 255)).max() <= 0.51
 
 
+def test_the_random_perturbation_is_the_start_of_the_others_and_stays_there(base):
+    before = photographs(2)
+    start = [np.random.default_rng([4, n]).uniform(-10, 10, (3, 16, 16)) for n in range(2)]
+    wanted = (before + np.stack(start).transpose(0, 2, 3, 1)).clip(0, 255)
+    after = perturb(base, before, "random", eps=10, steps=3, seed=4)
+    assert np.abs(after - wanted).max() <= 0.51
+
+
 def test_the_denoising_error_is_the_training_loss_of_each_image(base):
     pictures_of, condition = from_uint8(photographs(3)), encode(base, "a picture")
     draw = torch.Generator().manual_seed(0)

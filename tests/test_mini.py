@@ -867,6 +867,10 @@ def test_style_items_hold_at_most_ten_controls(works):
     assert (works.rows.author == "Cleo").sum() == 26
     cleo = items.style_items(works.rows, works.pictures)["Cleo"]
     assert (len(cleo["training"]), len(cleo["controls"])) == (10, 10)
+    works.rows.loc[cleo["controls"][3], "title"] = "a stripper"  # not for a class: no other control moves for it
+    assert items.style_items(works.rows, works.pictures)["Cleo"] == cleo | {
+        "controls": cleo["controls"][:3] + cleo["controls"][4:]
+    }
 
 
 def test_style_items_of_an_artist_with_many_works_have_further_ones_for_larger_sets(works, monkeypatch):

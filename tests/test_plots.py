@@ -211,13 +211,17 @@ def test_score_curves_has_a_panel_per_method_a_line_per_guided_arm_and_direct_as
             assert list(line.get_xdata()) == [1.5, 3.0]
             assert list(line.get_ydata()) == pytest.approx([heights[arm, w] + lower for w in (1.5, 3.0)])
         assert list(drawn[to_rgb(plots.ARM_COLOURS["direct"])].get_ydata()) == pytest.approx([0.1 + lower] * 2)
-        bands = {to_rgb(band.get_facecolor()[0]): band.get_paths()[0].vertices for band in axes.collections}
-        assert len(bands) == 2, "an interval for each guided arm"
+        bars = {to_rgb(bar.get_colors()[0]): bar for bar in axes.collections}
+        assert len(bars) == 2, "an interval for each guided arm"
         for arm, w in heights:
             if arm != "direct":
-                corners = bands[to_rgb(plots.ARM_COLOURS[arm])]
-                found = interval_of(corners[corners[:, 0] == w, 1])
-                assert found == pytest.approx(t_interval(heights[arm, w] + lower + pd.Series([-0.02, 0.02])))
+                ends = {segment[0, 0]: segment[:, 1] for segment in bars[to_rgb(plots.ARM_COLOURS[arm])].get_segments()}
+                assert ends[w] == pytest.approx(t_interval(heights[arm, w] + lower + pd.Series([-0.02, 0.02])))
+        places = [line.get_transform().transform((2.0, 0.3))[0] for line in drawn.values()][-2:]
+        assert abs(places[0] - places[1]) > 1, "side by side"
+        (left, right), (bottom, top) = axes.get_xlim(), axes.get_ylim()
+        assert left < 1.5 < 3.0 < right < 6
+        assert bottom < 0.0 < 0.7 < top < 1
         assert axes.get_xlabel() == "guidance scale $w'$"
     assert [text.get_text() for text in axes.get_legend().get_texts()] == ["direct", "CFG", "FineXtract"]
     styles = [(line.get_linestyle(), line.get_marker()) for line in axes.get_legend().get_lines()]
@@ -574,10 +578,11 @@ def test_clique_drawing_leads_from_the_clique_over_its_centre_to_training_images
     assert [len(part.axes) for part in figure.subfigs] == [2 * 8, 1, 3], "rows of eight, one and three"
     for part, pictures, own in zip(figure.subfigs, (members, centre, training), texts, strict=True):
         used = [axes for axes in part.axes if axes.images]
-        assert [axes.get_title() for axes in used] == own
+        assert [axes.get_xlabel() for axes in used] == own
         for axes, picture in zip(used, pictures, strict=True):
             assert np.array_equal(shown(axes), picture)
-        assert not any(axes.axison for axes in part.axes)
+        assert not any(len(axes.get_xticks()) or len(axes.get_yticks()) for axes in part.axes)
+        assert not any(spine.get_visible() for axes in part.axes for spine in axes.spines.values())
     figure.canvas.draw()
     left, middle, right = (part.bbox for part in figure.subfigs)
     assert left.x1 <= middle.x0 < middle.x1 <= right.x0
@@ -601,3 +606,32 @@ def test_picture_table_titles_its_columns_once_and_writes_under_single_rows():
     assert list(second.get_xticks()) == [0.5 * step, 1.5 * step, 2.5 * step]
     sizes = [text.get_fontsize() for text in [*first.texts, *second.get_xticklabels()]]
     assert min(sizes) >= 7
+
+
+def test_tradeoff_has_a_numbered_point_at_the_means_with_intervals_and_a_name_for_each():
+    rows = pd.DataFrame(
+        {
+            "item": ["a", "b", "c"] * 2,
+            "protection": ["none"] * 3 + ["cutout"] * 3,
+            "kind": ["none"] * 3 + ["transform"] * 3,
+            "AS": [0.5, 0.6, 0.7, 0.2, 0.3, 0.1],
+            "fidelity": [0.8, 0.9, 0.7, 0.6, 0.6, 0.6],
+            "quality": [0.1, 0.2, 0.3, 0.4, 0.5, 0.6],
+        }
+    )
+    figure = plots.tradeoff(rows, ["fidelity", "quality"], "AS", "protection", "kind")
+    for axis, x in zip(figure.axes, ("fidelity", "quality"), strict=True):
+        assert axis.get_xlabel() == x
+        for number, which in enumerate(("none", "cutout")):
+            own = rows[rows.protection == which]
+            place = (own[x].mean(), own.AS.mean())
+            assert np.allclose(axis.collections[number].get_offsets()[0], place)
+            assert axis.texts[number].get_text() == str(number + 1)
+            assert np.allclose(axis.texts[number].xy, place)
+            across, up = axis.lines[2 * number], axis.lines[2 * number + 1]
+            assert np.allclose(across.get_xdata(), mean_interval(own[x].to_numpy()))
+            assert np.allclose(across.get_ydata(), own.AS.mean())
+            assert np.allclose(up.get_ydata(), mean_interval(own.AS.to_numpy()))
+        edges = [tuple(points.get_edgecolor()[0]) for points in axis.collections]
+        assert edges[0] != edges[1]
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["1 none", "2 cutout"]

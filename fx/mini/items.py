@@ -81,6 +81,7 @@ ARTISTS = [
 DEVELOPMENT_ARTISTS = ["John Cliff", "Nathan Eady", "peterm", "yves GUILLOU"]
 # Works left out of the items: placeholders, text, photographs of third-party works.
 LEFT_OUT = ("linked image", "screenshot", "logo", "photo")
+UNFIT_CONTROL = re.compile(r"\bstripper\b")  # what no class should see, left out of controls once chosen
 ALIKE_INSIDE_ITEM = 0.93  # cosine of thumbprints
 SAME_SHAPE = 0.97  # cosine of the thumbprints of the bare ink, colours ignored
 LEAST_INK = 0.06  # share of the frame that is not white
@@ -99,8 +100,8 @@ def style_items(rows: pd.DataFrame, pictures: np.ndarray) -> dict[str, dict]:
                 raise ValueError(f"{artist} has only {len(chosen)} works that are not alike; ten are needed")
             further, unfit = chosen[10 + N_CONTROLS :], (HIDDEN_WORDS, BROKEN)
             more = [index for index in further if not any(words.search(rows.title[index]) for words in unfit)]
-            caption = f"art style of {artist}"
-            items[artist] = _item(split, caption, chosen[:10], chosen[10 : 10 + N_CONTROLS], more)
+            controls = [i for i in chosen[10 : 10 + N_CONTROLS] if not UNFIT_CONTROL.search(rows.title[i])]
+            items[artist] = _item(split, f"art style of {artist}", chosen[:10], controls, more)
     return items
 
 
