@@ -6,7 +6,7 @@ after can therefore ask of any caption how well it explains the change: an *obje
 
     change = change_of(pair)                                        # weights before and after, of a loaded ModelPair
     ranked = rank(change, pair.tuned, ["art style of A", "art style of B"])   # candidates, the best first
-    found = search(change, pair.tuned, prefix="art style of")        # no candidates at all
+    found = Search(change, pair.tuned, prefix="art style of").run()  # no candidates at all
 
 No function here sees the true caption.
 """
