@@ -166,6 +166,13 @@ def encoders(pipeline: DiffusionPipeline) -> list[tuple]:
     return [(tokenizer, encoder) for tokenizer, encoder in pairs if tokenizer is not None and encoder is not None]
 
 
+def check_tokenizers(pipeline: DiffusionPipeline) -> None:
+    """ValueError where a second tokenizer has another vocabulary: token numbers would mean other words to its encoder."""
+    first, *others = [tokenizer.get_vocab() for tokenizer, _ in encoders(pipeline)]
+    if any(other != first for other in others):
+        raise ValueError("captions are read as the numbers of one vocabulary, and the tokenizers of this model differ")
+
+
 def padded(tokenizer, numbers: Sequence[Sequence[int]], length: int) -> tuple[Tensor, Tensor]:
     """Token numbers with start, end and padding as the tokenizer sets them: int64 [b, length], and the mask of what is read.
 
@@ -327,9 +334,10 @@ def rank(
 ) -> pd.DataFrame:
     """Candidates with their score, the best first; one that the text encoder reads as an earlier one is left out.
 
-    pipeline: theta', whose text encoders read the captions. Raises ValueError for an unknown objective, no candidate, or one
-    that is too long.
+    pipeline: theta', whose text encoders read the captions. Raises ValueError for an unknown objective, no candidate, one
+    that is too long, and where two tokenizers differ.
     """
+    check_tokenizers(pipeline)
     if objective not in OBJECTIVES:
         raise ValueError(f"unknown objective {objective!r}: choose from {', '.join(OBJECTIVES)}")
     if not len(captions):
@@ -366,7 +374,8 @@ class Search:
 
     prefix: what the caption is known to begin with, "" for nothing; most: tokens to find at most; beam: how many captions
     are kept at each length; proposals: how many are scored with all padding, of those that come first with little; price:
-    the nats that a token must add to be worth it. evaluations counts encoded captions. ValueError for numbers below 1.
+    the nats that a token must add to be worth it. evaluations counts encoded captions. ValueError where most, beam or
+    proposals is below 1 and where two tokenizers differ.
 
     A rare token leaves a trace wherever it stands, a common one ("of") hardly any, and with CLIP, which reads from left to
     right, the same trace whatever follows. So captions grow at their end and, by the tokens that score highest alone, at
@@ -386,6 +395,7 @@ class Search:
     ):
         if min(most, beam, proposals) < 1:
             raise ValueError(f"most {most}, beam {beam} and proposals {proposals} must be at least 1")
+        check_tokenizers(pipeline)
         self.change, self.pipeline, self.price = change, pipeline, price
         self.beam, self.proposals = beam, proposals
         self.tokenizer = encoders(pipeline)[0][0]
@@ -407,8 +417,8 @@ class Search:
             longer = [more for tokens in kept for more in self.longer(tokens)]
             if not self.rare:
                 self.rare = [tokens[-1] for tokens in longer]
-            kept = self.best(longer)[: self.beam]
-            whole = [tokens for tokens in self.best(longer)[:8] if self.is_caption(tokens)]
+            ranked = self.best(longer)
+            kept, whole = ranked[: self.beam], [tokens for tokens in ranked[:8] if self.is_caption(tokens)]
             better = self.best([best, *whole])[0]
             if better == best and self.values(kept[:1]) < self.values([best]):
                 break

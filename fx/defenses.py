@@ -146,7 +146,7 @@ PERTURBATIONS = {
     "mist": Perturbation("its latent comes near that of a pattern (Mist's texture term)", closeness_to_pattern),
     "photoguard": Perturbation("its latent comes near zero (PhotoGuard's encoder attack)", closeness_to_nothing),
     "random": Perturbation(
-        "a random change of the same budget, which follows nothing: what the others must beat", nothing
+        "a random change of the same budget that follows nothing: no protection, but what one must beat", nothing
     ),
 }
 

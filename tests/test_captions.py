@@ -367,6 +367,23 @@ def test_a_search_finds_a_planted_caption_without_candidates(reader, prefix, tru
     assert search.evaluations > len(search.words)
 
 
+@pytest.mark.parametrize("start", ["b dog", "a b dog", "dog"])
+def test_a_search_mends_a_caption_by_one_token_replaced_left_out_or_put_in(reader, start):
+    search = captions.Search(explained_by(reader, "a dog"), reader, most=6)
+    tokens = [tuple(numbers) for numbers in captions.token_numbers(reader, [start, "a dog"])]
+    assert search.refined(tokens[0]) == tokens[1]
+
+
+def test_tokenizers_of_different_vocabularies_are_refused(tmp_path):
+    pipeline = load_pipeline(str(tiny.save("sdxl", tmp_path / "sdxl")))
+    captions.check_tokenizers(pipeline)
+    change = explained_by(pipeline, "a dog")
+    pipeline.tokenizer_2.add_tokens(["cat"])
+    for attempt in (lambda: rank(change, pipeline, ["a dog"]), lambda: captions.Search(change, pipeline)):
+        with pytest.raises(ValueError, match="the tokenizers of this model differ"):
+            attempt()
+
+
 def test_the_vocabulary_of_a_search_has_no_special_token_and_no_broken_character(reader):
     words = captions.vocabulary(reader)
     written = [reader.tokenizer.decode([number]) for number in words]
