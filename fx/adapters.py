@@ -10,6 +10,7 @@ A file's tensors are sorted by the module they belong to and by what they are (`
 |---|---|---|
 | diffusers | unet.down_blocks.0… | peft's settings in the header, alpha / rank, or 1 |
 | kohya, LyCORIS | lora_unet_down_blocks_0… or lora_unet_input_blocks_1_1…, lora_te_… | alpha / rank, 1 without alpha |
+| kohya for FLUX.1 | lora_unet_double_blocks_0_img_attn_qkv…: one layer for several modules, by rows | the same |
 | peft | base_model.model.down_blocks.0…, a folder per part | adapter_config.json |
 """
 
@@ -134,11 +135,14 @@ def read(pipeline: DiffusionPipeline, tensors: dict[str, Tensor], file: Path) ->
     Every tensor is in it: ValueError, with the names, for one that is of no known kind, belongs to no module of the
     pipeline or is there twice, and for a module whose tensors are no complete layer.
     """
-    places = names_of_modules.places(pipeline)
-    found, strange = defaultdict(lambda: defaultdict(dict)), []
+    places, fused = names_of_modules.places(pipeline), names_of_modules.fused(pipeline)
+    found, strange, several = defaultdict(lambda: defaultdict(dict)), [], defaultdict(dict)
     for name in sorted(tensors):
-        module, word = _taken_apart(name)
+        module, word = taken_apart(name)
         place = places.get(names_of_modules.plain(module)) if module else None
+        if place is None and names_of_modules.plain(module) in fused:
+            several[module][word] = tensors[name]
+            continue
         if place is None:
             strange.append(name)
             continue
@@ -146,6 +150,13 @@ def read(pipeline: DiffusionPipeline, tensors: dict[str, Tensor], file: Path) ->
         if word in found[part][path]:
             raise ValueError(f"{file} has {word} of {part}.{path} twice, the second time as {name}")
         found[part][path][word] = tensors[name]
+    for module, layer in several.items():
+        check_complete(layer, f"{file}: the layer of {module}")
+        part, pieces = fused[names_of_modules.plain(module)]
+        for path, rows in pieces:
+            if path in found[part]:
+                raise ValueError(f"{file} has {part}.{path} twice, the second time in {module}")
+            found[part][path] = piece(layer, rows, sum(len(each) for _, each in pieces), f"{file}: {module}")
     if network_name(pipeline) not in found or strange:
         raise ValueError(_no_place(pipeline, file, sorted(tensors), strange))
     for part, layers in found.items():
@@ -154,7 +165,25 @@ def read(pipeline: DiffusionPipeline, tensors: dict[str, Tensor], file: Path) ->
     return found
 
 
-def _taken_apart(name: str) -> tuple[str, str]:
+def piece(layer: Layer, rows: Tensor, total: int, where: str) -> Layer:
+    """What a layer on a module of `total` rows does to some of them, as a layer; ValueError if it cannot be cut there."""
+    two = next((layer[name] for name in ("lokr_w2", "lokr_w2_a") if name in layer), None)
+    first = next(layer[name] for name in ("up", "diff", "hada_w1_a", "lokr_w1", "lokr_w1_a", "bias") if name in layer)
+    n = first.shape[0] * (1 if two is None else two.shape[0])
+    if n != total or layer.keys() & {"mid", "hada_t1", "hada_t2", "lokr_t2"}:
+        raise ValueError(f"{where} cannot be loaded: size mismatch, a layer of {n} rows for {total}")
+    cut = {word: rows for word in ("up", "up_bias", "diff", "bias", "hada_w1_a", "hada_w2_a") if word in layer}
+    if "magnitude" in layer and layer["magnitude"].shape[0] == total:
+        cut["magnitude"] = rows
+    if two is not None:
+        blocks = rows.reshape(-1, height) if len(rows) % (height := two.shape[0]) == 0 else rows[:, None]
+        if not torch.equal(blocks, blocks[:, :1] + torch.arange(height)) or (blocks[:, 0] % height).any():
+            raise ValueError(f"{where} cannot be loaded: its Kronecker blocks of {height} rows lie across two modules")
+        cut |= dict.fromkeys(layer.keys() & {"lokr_w1", "lokr_w1_a"}, blocks[:, 0] // height)
+    return {word: tensor[cut[word]] if word in cut else tensor for word, tensor in layer.items()}
+
+
+def taken_apart(name: str) -> tuple[str, str]:
     """The module's name and what the tensor is to it; two empty texts for a kind of tensor that is not known."""
     if match := OLD_ENDING.fullmatch(name):
         module, layer, word = match.groups()

@@ -6,8 +6,8 @@ after can therefore ask of any caption how well it explains the change: an *obje
 
     change = change_of(pair)                                        # weights before and after, of a loaded ModelPair
     ranked = rank(change, pair.tuned, ["art style of A", "art style of B"])   # candidates, the best first
-    found = Search(change, pair.tuned, prefix="art style of").run()  # no candidates at all
 
+Without any candidate a caption is searched for in fx.caption_search.
 No function here sees the true caption.
 """
 
@@ -21,13 +21,13 @@ import torch
 from diffusers import DiffusionPipeline, StableDiffusionXLPipeline
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from fx.families import TEXT_PARTS, TOKENIZERS, network, network_name
 from fx.models import ModelPair, without_adapters
 
 PROJECTIONS = ("to_k", "to_v")
-NOISE = 0.01  # variance of what no caption explains, of a caption's mean variance in one direction
+NOISE = 0.03  # variance of what no caption explains, of a caption's mean variance in one direction
+PRICE = 1.0  # nats of likelihood that a token must be worth
 
 
 # what fine-tuning changed
@@ -301,7 +301,29 @@ def _units(embeddings: Tensor) -> Tensor:
     return nn.functional.normalize(embeddings.double(), dim=2)
 
 
+def vocabulary(pipeline: DiffusionPipeline) -> list[int]:
+    """Token numbers that may stand in a caption: all but the special ones and those that stand for broken characters."""
+    tokenizer = encoders(pipeline)[0][0]
+    special = set(tokenizer.all_special_ids)
+    written = tokenizer.batch_decode([[number] for number in range(len(tokenizer))])
+    return [n for n, text in enumerate(written) if n not in special and text.strip() and "\ufffd" not in text]
+
+
 # ranking candidates
+
+
+def check_objective(objective: str) -> None:
+    """ValueError for an objective that is not among OBJECTIVES."""
+    if objective not in OBJECTIVES:
+        raise ValueError(f"unknown objective {objective!r}: choose from {', '.join(OBJECTIVES)}")
+
+
+def objective_of(pipeline: DiffusionPipeline, objective: str, length: int | None = None) -> Objective:
+    """The function of that name, for captions of `length` tokens of this model; ValueError for an unknown one."""
+    check_objective(objective)
+    if objective == "subspace":
+        return functools.partial(subspace, centre=_typical(pipeline, length))
+    return OBJECTIVES[objective]
 
 
 @torch.no_grad()
@@ -311,16 +333,16 @@ def score(
     numbers: Sequence[Sequence[int]],
     objective: str = "likelihood",
     length: int | None = None,
+    price: float = 0.0,
     chunk: int = 256,
 ) -> np.ndarray:
-    """An objective of captions given as token numbers, float64 [n], encoded `chunk` at a time."""
-    function = OBJECTIVES[objective]
-    if objective == "subspace":
-        function = functools.partial(subspace, centre=_typical(pipeline, length))
+    """An objective of captions given as token numbers, float64 [n], less a price per token; `chunk` encoded at a time."""
+    function = objective_of(pipeline, objective, length)
     chunks = [states(pipeline, numbers[i : i + chunk], length).cpu() for i in range(0, len(numbers), chunk)]
-    return torch.cat([function(change, part) for part in chunks]).numpy()
+    return torch.cat([function(change, part) for part in chunks]).numpy() - price * np.array(list(map(len, numbers)))
 
 
+@torch.no_grad()
 def _typical(pipeline: DiffusionPipeline, length: int | None, count: int = 64) -> Tensor:
     """The mean of captions of one to six random tokens, [tokens, width]."""
     words, draw = vocabulary(pipeline), np.random.default_rng(0)
@@ -330,152 +352,25 @@ def _typical(pipeline: DiffusionPipeline, length: int | None, count: int = 64) -
 
 
 def rank(
-    change: Change, pipeline: DiffusionPipeline, captions: Sequence[str], objective: str = "likelihood"
+    change: Change,
+    pipeline: DiffusionPipeline,
+    captions: Sequence[str],
+    objective: str = "likelihood",
+    price: float | None = None,
 ) -> pd.DataFrame:
     """Candidates with their score, the best first; one that the text encoder reads as an earlier one is left out.
 
-    pipeline: theta', whose text encoders read the captions. Raises ValueError for an unknown objective, no candidate, one
-    that is too long, and where two tokenizers differ.
+    pipeline: theta', whose text encoders read the captions. price: of each token, taken off the score; None for PRICE with
+    the likelihood and nothing with any other objective. Without it a caption with a word put in often scores higher.
+    Raises ValueError for an unknown objective, no candidate, one that is too long, and where two tokenizers differ.
     """
     check_tokenizers(pipeline)
-    if objective not in OBJECTIVES:
-        raise ValueError(f"unknown objective {objective!r}: choose from {', '.join(OBJECTIVES)}")
     if not len(captions):
         raise ValueError("no candidate: name at least one caption")
     different = {}
     for caption, numbers in zip(captions, token_numbers(pipeline, captions), strict=True):
         different.setdefault(tuple(numbers), caption)
-    found = pd.DataFrame({"caption": different.values(), "score": score(change, pipeline, list(different), objective)})
+    price = (PRICE if objective == "likelihood" else 0.0) if price is None else price
+    scores = score(change, pipeline, list(different), objective, price=price)
+    found = pd.DataFrame({"caption": different.values(), "score": scores})
     return found.sort_values("score", ascending=False, kind="stable", ignore_index=True)
-
-
-# searching without candidates
-
-
-@dataclass(frozen=True)
-class Found:
-    """A caption that a search ended with, its tokens, and its likelihood."""
-
-    caption: str
-    tokens: tuple[int, ...]
-    score: float
-
-
-def vocabulary(pipeline: DiffusionPipeline) -> list[int]:
-    """Token numbers that may stand in a caption: all but the special ones and those that stand for broken characters."""
-    tokenizer = encoders(pipeline)[0][0]
-    special = set(tokenizer.all_special_ids)
-    written = tokenizer.batch_decode([[number] for number in range(len(tokenizer))])
-    return [n for n, text in enumerate(written) if n not in special and text.strip() and "\ufffd" not in text]
-
-
-class Search:
-    """A search for the caption of highest likelihood, token by token, from nothing but the change and the vocabulary.
-
-    prefix: what the caption is known to begin with, "" for nothing; most: tokens to find at most; beam: how many captions
-    are kept at each length; proposals: how many are scored with all padding, of those that come first with little; price:
-    the nats that a token must add to be worth it. evaluations counts encoded captions. ValueError where most, beam or
-    proposals is below 1 and where two tokenizers differ.
-
-    A rare token leaves a trace wherever it stands, a common one ("of") hardly any, and with CLIP, which reads from left to
-    right, the same trace whatever follows. So captions grow at their end and, by the tokens that score highest alone, at
-    any other place; then tokens are replaced, left out and put in. Only what the tokenizer itself would write is a caption:
-    in between, a caption may end within a word.
-    """
-
-    def __init__(
-        self,
-        change: Change,
-        pipeline: DiffusionPipeline,
-        prefix: str = "",
-        most: int = 8,
-        beam: int = 2,
-        proposals: int = 64,
-        price: float = 1.0,
-    ):
-        if min(most, beam, proposals) < 1:
-            raise ValueError(f"most {most}, beam {beam} and proposals {proposals} must be at least 1")
-        check_tokenizers(pipeline)
-        self.change, self.pipeline, self.price = change, pipeline, price
-        self.beam, self.proposals = beam, proposals
-        self.tokenizer = encoders(pipeline)[0][0]
-        self.prefix = tuple(token_numbers(pipeline, [prefix])[0]) if prefix else ()
-        self.longest = min(len(self.prefix) + most, self.tokenizer.model_max_length - 2)
-        self.words = vocabulary(pipeline)
-        self.rare: list[int] = []
-        self.evaluations, self._known = 0, {}
-
-    def run(self) -> Found:
-        """The best caption found."""
-        best = self.refined(self.grown())
-        return Found(self.written(best), best, self.values([best])[0] + self.price * len(best))
-
-    def grown(self) -> tuple[int, ...]:
-        """A beam search that adds one token at a time; of all that are captions the best."""
-        kept, best = [self.prefix], self.prefix
-        for _ in tqdm(range(self.longest - len(self.prefix)), desc="caption", leave=False):
-            longer = [more for tokens in kept for more in self.longer(tokens)]
-            if not self.rare:
-                self.rare = [tokens[-1] for tokens in longer]
-            ranked = self.best(longer)
-            kept, whole = ranked[: self.beam], [tokens for tokens in ranked[:8] if self.is_caption(tokens)]
-            better = self.best([best, *whole])[0]
-            if better == best and self.values(kept[:1]) < self.values([best]):
-                break
-            best = better
-        return best
-
-    def longer(self, tokens: tuple[int, ...]) -> list[tuple[int, ...]]:
-        """Promising captions of one token more: any at the end, the rare ones at any other place."""
-        longer = self.proposed([(*tokens, word) for word in self.words])
-        for place in range(len(self.prefix), len(tokens)):
-            longer += self.proposed([(*tokens[:place], word, *tokens[place:]) for word in self.rare])
-        return longer
-
-    def refined(self, tokens: tuple[int, ...], rounds: int = 2) -> tuple[int, ...]:
-        """The best caption with tokens replaced, left out or put in, place after place: until none is better, or twice."""
-        for _ in range(rounds):
-            before = tokens
-            for place in tqdm(range(len(self.prefix), self.longest), desc="tokens", leave=False):
-                if place > len(tokens):
-                    break
-                tried = [tokens, tokens[:place] + tokens[place + 1 :]]
-                tried += self.proposed([(*tokens[:place], word, *tokens[place + 1 :]) for word in self.words])
-                if len(tokens) < self.longest:
-                    tried += self.proposed([(*tokens[:place], word, *tokens[place:]) for word in self.words])
-                tokens = next(one for one in self.best(tried) if one == tokens or self.is_caption(one))
-            if tokens == before:
-                break
-        return tokens
-
-    def written(self, tokens: Sequence[int]) -> str:
-        """Tokens as text."""
-        return self.tokenizer.decode(list(tokens)).strip()
-
-    def is_caption(self, tokens: tuple[int, ...]) -> bool:
-        """Whether the tokenizer writes the text of these tokens by these tokens."""
-        return tuple(token_numbers(self.pipeline, [self.written(tokens)])[0]) == tokens
-
-    def proposed(self, tried: list[tuple[int, ...]]) -> list[tuple[int, ...]]:
-        """Of captions of equal length the most promising, encoded with little padding."""
-        if not tried:
-            return []
-        length = min(len(tried[0]) + 3, self.tokenizer.model_max_length)
-        found = score(self.change, self.pipeline, tried, length=length)
-        self.evaluations += len(tried)
-        return [tried[i] for i in np.argsort(-found, kind="stable")[: self.proposals]]
-
-    def best(self, tried: list[tuple[int, ...]]) -> list[tuple[int, ...]]:
-        """Different captions, the best first, with all padding and each token's price."""
-        tried = list(dict.fromkeys(tried))
-        values = self.values(tried)
-        return [tried[i] for i in np.argsort(-np.array(values), kind="stable")]
-
-    def values(self, tried: list[tuple[int, ...]]) -> list[float]:
-        """The likelihood less the price of the tokens, computed once for each caption."""
-        new = [tokens for tokens in tried if tokens not in self._known]
-        if new:
-            self.evaluations += len(new)
-            found = score(self.change, self.pipeline, new)
-            self._known |= {t: float(v) - self.price * len(t) for t, v in zip(new, found, strict=True)}
-        return [self._known[tokens] for tokens in tried]

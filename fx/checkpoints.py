@@ -307,6 +307,17 @@ def header(file: Path) -> dict[str, str]:
         return tensors.metadata() or {}
 
 
+def folder_words(entries: dict[str, str]) -> list[str]:
+    """What kohya's scripts read out of the names of folders with training images: "10_sks dog" stands for "sks dog"."""
+    directories, datasets = (_json_entry(entries, name) for name in ("ss_dataset_dirs", "ss_datasets"))
+    subsets = [part for dataset in _dictionaries(datasets) for part in _dictionaries(dataset.get("subsets"))]
+    folders = [*directories] if isinstance(directories, dict) else [part.get("image_dir") for part in subsets]
+    found = [part.get("class_tokens") for part in subsets]
+    for folder in (re.split(r"[\\/]", name)[-1] for name in folders if isinstance(name, str)):
+        found += [match[1]] if (match := re.fullmatch(r"\d+_(.+)", folder)) else []
+    return list(dict.fromkeys(text.strip() for text in found if isinstance(text, str) and text.strip()))
+
+
 def _json_entry(entries: dict[str, str], name: str) -> object:
     try:
         return json.loads(entries.get(name, "null"))

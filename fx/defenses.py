@@ -17,7 +17,7 @@ from torch import Tensor
 from torchvision.transforms import v2
 
 from fx.datasets import from_uint8, to_uint8
-from fx.families import Condition, denoise, encode, latent_statistics, network, round_trip, training_target
+from fx.families import Condition, denoise, encode, latent_statistics, network, noising, round_trip
 
 
 def cutout(images: Tensor, share: float = 0.5) -> Tensor:
@@ -115,13 +115,13 @@ class Draws:
 
 def denoising_error(pipeline: DiffusionPipeline, images: Tensor, condition: Condition, draws: Draws) -> Tensor:
     """AdvDM (Liang et al., 2023, Eq. 7): the training loss of the base model on each image, [n]."""
-    noising, target = training_target(pipeline)
+    schedule = noising(pipeline)
     scale, shift = latent_statistics(pipeline.vae)
     found = pipeline.vae.encode(images).latent_dist
     x0 = (found.mean + found.std * draws.posterior - shift) * scale
-    x = noising.add_noise(x0, draws.eps, draws.t)
-    predicted = denoise(network(pipeline), x, draws.t, condition.expand(len(images)))
-    return (predicted - target(x0, draws.eps, draws.t)).square().mean(dim=(1, 2, 3))
+    x = schedule.add(x0, draws.eps, draws.t)
+    predicted = denoise(network(pipeline), x, schedule.timestep(draws.t), condition.expand(len(images)))
+    return (predicted - schedule.target(x0, draws.eps, draws.t)).square().mean(dim=(1, 2, 3))
 
 
 def closeness_to_pattern(pipeline: DiffusionPipeline, images: Tensor, condition: Condition, draws: Draws) -> Tensor:

@@ -5,6 +5,10 @@
 | Stable Diffusion 1.x, 2.x, AltDiffusion | StableDiffusionPipeline | U-Net | eps or v |
 | SDXL | StableDiffusionXLPipeline | U-Net with pooled text and time ids | eps or v |
 | Stable Diffusion 3 | StableDiffusion3Pipeline | transformer | flow velocity |
+| FLUX.1 | FluxPipeline | transformer on packed latents, with image and text ids | flow velocity |
+
+FLUX.1-dev is distilled: it is told a guidance scale and predicts what guidance of that scale would have. Here it is always
+told UNGUIDED, at which it stands for the model without guidance, so that every arm means what it means elsewhere.
 
 Captions are encoded by the pipelines' own `encode_prompt`.
 """
@@ -13,6 +17,7 @@ import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from diffusers import (
     DDIMScheduler,
@@ -20,15 +25,20 @@ from diffusers import (
     DiffusionPipeline,
     DPMSolverMultistepScheduler,
     FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
     PNDMScheduler,
     StableDiffusion3Pipeline,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
 )
+from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from torch import Tensor, nn
 from transformers import PreTrainedModel, XLMRobertaConfig, XLMRobertaModel
 
-PIPELINES = (StableDiffusionPipeline, StableDiffusionXLPipeline, StableDiffusion3Pipeline)
+FLOWS = (StableDiffusion3Pipeline, FluxPipeline)
+PIPELINES = (StableDiffusionPipeline, StableDiffusionXLPipeline, *FLOWS)
+UNGUIDED = 1.0  # the guidance scale that a distilled network is told
 TEXT_PARTS = ("text_encoder", "text_encoder_2", "text_encoder_3")
 TOKENIZERS = ("tokenizer", "tokenizer_2", "tokenizer_3")
 
@@ -58,7 +68,7 @@ class Condition:
 
 def network_name(pipeline: DiffusionPipeline) -> str:
     """Where the pipeline keeps its denoising network: "unet" or "transformer"."""
-    return "transformer" if isinstance(pipeline, StableDiffusion3Pipeline) else "unet"
+    return "transformer" if isinstance(pipeline, FLOWS) else "unet"
 
 
 def network(pipeline: DiffusionPipeline) -> nn.Module:
@@ -115,14 +125,22 @@ def check_caption(pipeline: DiffusionPipeline, caption: str) -> None:
     for name in TOKENIZERS:
         if (tokenizer := getattr(pipeline, name, None)) is not None:
             convert = getattr(pipeline, "maybe_convert_prompt", lambda prompt, _: prompt)  # textual inversion
-            check_tokens(
-                tokenizer, convert(caption, tokenizer), 256 if name == "tokenizer_3" else tokenizer.model_max_length
-            )
+            check_tokens(tokenizer, convert(caption, tokenizer), token_limit(type(pipeline), name, tokenizer))
 
 
-def check_tokens(tokenizer, caption: str, limit: int) -> None:
-    """ValueError if a caption has more than `limit` tokens, start and end included."""
-    if (n := len(tokenizer(caption).input_ids)) > limit:
+def token_limit(kind: type, name: str, tokenizer) -> int | None:
+    """Tokens of a caption that a pipeline of this class reads by its tokenizer of this name; None if it may cut more off.
+
+    FLUX.1 takes from CLIP one pooled vector, for which the published pipeline cuts long captions off, and reads them by T5.
+    """
+    if kind is FluxPipeline:
+        return None if name == TOKENIZERS[0] else 512
+    return 256 if name == TOKENIZERS[2] else tokenizer.model_max_length
+
+
+def check_tokens(tokenizer, caption: str, limit: int | None) -> None:
+    """ValueError if a caption has more than `limit` tokens, start and end included; None for no limit."""
+    if limit is not None and (n := len(tokenizer(caption).input_ids)) > limit:
         raise ValueError(f"the caption {caption!r} has {n} tokens, the text encoder reads at most {limit}: shorten it")
 
 
@@ -167,19 +185,54 @@ def _(pipeline: StableDiffusion3Pipeline, caption: str) -> Condition:
     return Condition(text, {"pooled_projections": pooled})
 
 
+@_encode.register
+def _(pipeline: FluxPipeline, caption: str) -> Condition:
+    text, pooled, _ = pipeline.encode_prompt(caption, device=pipeline.device, max_sequence_length=512)
+    return Condition(text, {"pooled_projections": pooled})
+
+
 # the network
 
 
 def denoise(model: nn.Module, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
-    """The network's prediction for latents x [n, c, h, w] at one timestep, in x's own precision."""
+    """The network's prediction for latents x [n, c, h, w] at one timestep or [n] of them, in x's own precision."""
     condition = condition.expand(len(x)) if len(condition.text) == 1 else condition
     text = condition.text.to(model.dtype)
     added = {name: value.to(model.dtype) for name, value in condition.added.items()}
-    if "pooled_projections" in added:
+    if isinstance(model, FluxTransformer2DModel):
+        prediction = _denoise_packed(model, x, t.expand(len(x)), text, added)
+    elif "pooled_projections" in added:
         prediction = model(x.to(model.dtype), timestep=t.expand(len(x)), encoder_hidden_states=text, **added).sample
     else:
         prediction = model(x.to(model.dtype), t, encoder_hidden_states=text, added_cond_kwargs=added or None).sample
     return prediction.to(x.dtype)
+
+
+def _denoise_packed(model: FluxTransformer2DModel, x: Tensor, t: Tensor, text: Tensor, added: dict) -> Tensor:
+    """FLUX.1's: 2x2 latents are one token, which is told its row and column; a caption's tokens have no place."""
+    n, _, height, width = x.shape
+    ids = FluxPipeline._prepare_latent_image_ids(n, height // 2, width // 2, x.device, model.dtype)
+    told = torch.full((n,), UNGUIDED, device=x.device) if model.config.guidance_embeds else None
+    packed = model(
+        pack(x).to(model.dtype),
+        encoder_hidden_states=text,
+        timestep=t / 1000,
+        img_ids=ids,
+        txt_ids=torch.zeros(text.shape[1], 3, device=x.device, dtype=model.dtype),
+        guidance=told,
+        **added,
+    ).sample
+    return unpack(packed, height, width)
+
+
+def pack(x: Tensor) -> Tensor:
+    """Latents [n, c, h, w] as FLUX.1's tokens [n, h/2 * w/2, 4c]."""
+    return FluxPipeline._pack_latents(x, *x.shape)
+
+
+def unpack(tokens: Tensor, height: int, width: int) -> Tensor:
+    """FLUX.1's tokens [n, h/2 * w/2, 4c] as latents [n, c, h, w]."""
+    return FluxPipeline._unpack_latents(tokens, height, width, 1)
 
 
 # latents
@@ -187,13 +240,28 @@ def denoise(model: nn.Module, x: Tensor, t: Tensor, condition: Condition) -> Ten
 
 def image_size(pipeline: DiffusionPipeline) -> int:
     """The side in pixels of the images a pipeline makes."""
-    return network(pipeline).config.sample_size * pipeline.vae_scale_factor
+    return latent_shape(pipeline)[1] * pipeline.vae_scale_factor
 
 
 def latent_shape(pipeline: DiffusionPipeline) -> tuple[int, int, int]:
     """Channels, height and width of a latent."""
     config = network(pipeline).config
+    if isinstance(pipeline, FluxPipeline):
+        return (config.in_channels // 4, pipeline.default_sample_size, pipeline.default_sample_size)
     return (config.in_channels, config.sample_size, config.sample_size)
+
+
+def size_factor(pipeline: DiffusionPipeline) -> int:
+    """What the sides of an image must be multiples of: the autoencoder's factor times the network's or its patches'."""
+    config = network(pipeline).config
+    if isinstance(pipeline, FLOWS):
+        return pipeline.vae_scale_factor * patch_size(pipeline)
+    return pipeline.vae_scale_factor * 2 ** (len(config.block_out_channels) - 1)
+
+
+def patch_size(pipeline: DiffusionPipeline) -> int:
+    """The side in latents of what is one token to a flow's transformer; FLUX.1 is given 2x2 packed ones."""
+    return 2 if isinstance(pipeline, FluxPipeline) else network(pipeline).config.patch_size
 
 
 @torch.no_grad()
@@ -233,21 +301,53 @@ def latent_statistics(vae: nn.Module) -> tuple[Tensor, Tensor]:
 
 def prediction_type(pipeline: DiffusionPipeline) -> str:
     """The parametrisation of the network's predictions, one of fx.guidance.PARAMETRISATIONS."""
-    if isinstance(pipeline, StableDiffusion3Pipeline):
+    if isinstance(pipeline, FLOWS):
         return "flow_prediction"
     return pipeline.scheduler.config.get("prediction_type", "epsilon")
 
 
-def training_target(pipeline: DiffusionPipeline) -> tuple[DDPMScheduler, Callable[[Tensor, Tensor, Tensor], Tensor]]:
-    """The schedule that noises latents, and what the network learns to predict of (x0, eps, t): eps, x0 or v.
+@dataclass(frozen=True)
+class Noising:
+    """How training noises latents and what the network then learns to predict.
 
-    ValueError for a flow model, which is trained otherwise.
+    Training draws numbers t, int64 [n], below `levels`. add(x0, eps, t) is x_t [n, c, h, w]; target(x0, eps, t) what is to
+    be predicted there: eps, x0, v, or a flow's velocity eps - x0; timestep(t) what the network is told.
     """
-    noising = DDPMScheduler.from_config(pipeline.scheduler.config)
-    targets = {"epsilon": lambda x0, eps, t: eps, "sample": lambda x0, eps, t: x0, "v_prediction": noising.get_velocity}
+
+    levels: int
+    add: Callable[[Tensor, Tensor, Tensor], Tensor]
+    target: Callable[[Tensor, Tensor, Tensor], Tensor]
+    timestep: Callable[[Tensor], Tensor]
+
+
+def noising(pipeline: DiffusionPipeline) -> Noising:
+    """How a pipeline's network was trained and is fine-tuned; ValueError for a prediction type that is not known.
+
+    A flow's numbers count its schedule's timesteps, evenly, in the order of sampling: with a shift (Stable Diffusion 3) more
+    of them lie near the noise. (Its authors drew them from a logit-normal distribution; Esser et al., 2024, compare both.)
+    """
+    if isinstance(pipeline, FLOWS):
+        return _flow_noising(FlowMatchEulerDiscreteScheduler.from_config(pipeline.scheduler.config))
+    schedule = DDPMScheduler.from_config(pipeline.scheduler.config)
+    targets = {
+        "epsilon": lambda x0, eps, t: eps,
+        "sample": lambda x0, eps, t: x0,
+        "v_prediction": schedule.get_velocity,
+    }
     if (kind := prediction_type(pipeline)) not in targets:
-        raise ValueError(f"fx trains with models that predict {', '.join(targets)}, not {kind}")
-    return noising, targets[kind]
+        raise ValueError(f"fx trains with models that predict {', '.join(targets)} or a flow, not {kind}")
+    return Noising(schedule.config.num_train_timesteps, schedule.add_noise, targets[kind], lambda t: t)
+
+
+def _flow_noising(schedule: FlowMatchEulerDiscreteScheduler) -> Noising:
+    """x_t = (1 - sigma) x0 + sigma eps, velocity eps - x0."""
+    sigmas, timesteps = schedule.sigmas, schedule.timesteps
+
+    def add(x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
+        sigma = sigmas.to(x0)[t.to(x0.device)].view(-1, 1, 1, 1)
+        return (1 - sigma) * x0 + sigma * eps
+
+    return Noising(len(timesteps), add, lambda x0, eps, t: eps - x0, lambda t: timesteps.to(t.device)[t])
 
 
 SAMPLERS = ("ddim", "dpm++", "euler", "published")
@@ -263,7 +363,7 @@ def make_scheduler(pipeline: DiffusionPipeline, sampler: str):
     check_sampler(pipeline, sampler)
     config = pipeline.scheduler.config
     if sampler == "euler":
-        return FlowMatchEulerDiscreteScheduler.from_config(config)
+        return flow_schedule(pipeline)
     settings = {"clip_sample": False, "thresholding": False}  # made for pixels, not for latents
     zero_snr = {"timestep_spacing": "trailing"} if config.get("rescale_betas_zero_snr") else {}
     if sampler == "ddim":
@@ -274,6 +374,33 @@ def make_scheduler(pipeline: DiffusionPipeline, sampler: str):
             config, **settings, **{"timestep_spacing": "linspace"} | zero_snr
         )
     return PNDMScheduler.from_config(config, skip_prk_steps=True)
+
+
+class FlowSchedule(FlowMatchEulerDiscreteScheduler):
+    """Euler steps of a flow through the timesteps that the family's own pipeline takes for images of its size.
+
+    tokens: of an image, by which a dynamic shift is set; even: whether the timesteps before it are spaced as FLUX.1's are.
+    """
+
+    tokens: int = 0
+    even: bool = False
+
+    def set_timesteps(self, num_inference_steps: int, device=None) -> None:
+        """Set the timesteps of this number of steps, first to last."""
+        even = self.even and not self.config.get("use_flow_sigmas")
+        sigmas = np.linspace(1.0, 1 / num_inference_steps, num_inference_steps) if even else None
+        named = {"base_image_seq_len": 256, "max_image_seq_len": 4096, "base_shift": 0.5, "max_shift": 1.15}
+        mu = calculate_shift(self.tokens, *(self.config.get(name) or value for name, value in named.items()))
+        mu = mu if self.config.use_dynamic_shifting else None
+        super().set_timesteps(num_inference_steps, device=device, sigmas=sigmas, mu=mu)
+
+
+def flow_schedule(pipeline: DiffusionPipeline) -> FlowSchedule:
+    """A fresh schedule of a flow model."""
+    schedule, (_, height, width) = FlowSchedule.from_config(pipeline.scheduler.config), latent_shape(pipeline)
+    patch = patch_size(pipeline)
+    schedule.tokens, schedule.even = (height // patch) * (width // patch), isinstance(pipeline, FluxPipeline)
+    return schedule
 
 
 def check_sampler(pipeline: DiffusionPipeline, sampler: str) -> None:

@@ -1,7 +1,6 @@
-"""Few-shot fine-tuning as in App. E: DreamBooth without prior loss, and LoRA, both on the U-Net only."""
+"""Few-shot fine-tuning as in App. E: DreamBooth without prior loss, and LoRA, both on the denoising network only."""
 
 import functools
-import json
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -13,7 +12,7 @@ from typing import ClassVar
 import numpy as np
 import torch
 import torch.nn.functional as F
-from diffusers import DiffusionPipeline, StableDiffusionPipeline
+from diffusers import DiffusionPipeline, FluxPipeline
 from diffusers.utils import convert_state_dict_to_diffusers
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
@@ -24,12 +23,26 @@ from tqdm import tqdm
 from fx import results
 from fx.datasets import Item, load_images, load_item
 from fx.defenses import check_transform, transform
-from fx.families import Condition, check_tokens, denoise, encode, image_size, training_target
-from fx.models import LORA_FILE, PRECISIONS, load_pipeline, load_tokenizer, model_folder
+from fx.families import (
+    UNGUIDED,
+    Condition,
+    denoise,
+    encode,
+    image_size,
+    latent_shape,
+    latent_statistics,
+    network,
+    network_name,
+    noising,
+    unpack,
+)
+from fx.models import LORA_FILE, PRECISIONS, check_fits, load_pipeline, model_folder
 from fx.perturbation import Changed, changed_images, item_of
 
 METHODS = ("dreambooth", "lora")
-LORA_LAYERS = ["to_q", "to_k", "to_v", "to_out.0"]  # of self- and cross-attention
+# of self- and cross-attention; of a transformer also where the text attends
+LORA_LAYERS = {"unet": ["to_q", "to_k", "to_v", "to_out.0"]}
+LORA_LAYERS["transformer"] = [*LORA_LAYERS["unet"], "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"]
 SIGMA_FILE = "sigma.safetensors"
 SAVE_EVERY = 60.0  # seconds between checkpoints
 
@@ -86,10 +99,10 @@ def learned_from(part: TrainingItem) -> tuple[Path, ...]:
 class Bayesian:
     """BNN fine-tuning (Wu et al., 2026): weights are drawn from N(mu, sigma^2) at every forward pass, and mu is the model.
 
-    Drawn are the linear layers of the U-Net but those of cross-attention and of what embeds the time (and SDXL's sizes and
-    pooled text); of a LoRA its up matrices. mu and sigma of these are trained, everything else as without. sigma: the
-    standard deviation at the start and of the prior, whose mean is the base model (of a LoRA zero). kl_weight: of the
-    divergence to the prior, summed over weights.
+    Drawn are the linear layers of the network but those of cross-attention and of what embeds the time (and SDXL's sizes and
+    pooled text; of a transformer also what reads the text); of a LoRA its up matrices. mu and sigma of these are trained,
+    everything else as without. sigma: the standard deviation at the start and of the prior, whose mean is the base model
+    (of a LoRA zero). kl_weight: of the divergence to the prior, summed over weights.
     """
 
     sigma: float = 0.01
@@ -193,26 +206,14 @@ class FineTune:
             raise ValueError(f"seed {self.seed} must be at least 0")
 
 
-def check_trainable(base: str) -> None:
-    """ValueError, before anything is loaded, for a base model that `train` would refuse: one that predicts a flow."""
-    named = json.loads((model_folder(base) / "model_index.json").read_text()).get("_class_name")
-    if named == "StableDiffusion3Pipeline":
-        raise ValueError(
-            f"{base} is a {named}, a flow model: fx fine-tunes models that predict noise, images or v; "
-            "a checkpoint that was fine-tuned elsewhere can be extracted (fx.tuned.Checkpoint)"
-        )
-
-
 @results.inputs.register
 def _(spec: FineTune) -> dict[str, str]:
-    check_trainable(spec.base)
-    tokenizer = load_tokenizer(spec.base)
     found = {"base": results.sha256_of(model_folder(spec.base))}
     if isinstance(spec.protection, PriorPreservation):
-        check_tokens(tokenizer, spec.protection.caption, tokenizer.model_max_length)
+        check_fits(spec.base, spec.protection.caption)
     for number, part in enumerate(spec.training):
         item = load_training(part)
-        check_tokens(tokenizer, item.caption, tokenizer.model_max_length)
+        check_fits(spec.base, item.caption)
         found[f"caption {number}"] = item.caption
         found |= {f"image {number}.{i}": results.sha256_of(path) for i, path in enumerate(item.training)}
     return found
@@ -220,7 +221,7 @@ def _(spec: FineTune) -> dict[str, str]:
 
 @results.perform.register
 def _(spec: FineTune, folder: Path) -> None:
-    """Write the fine-tuned U-Net (DreamBooth) or the LoRA, both in diffusers' layout, and losses.npy.
+    """Write the fine-tuned network (DreamBooth) or the LoRA, both in diffusers' layout, and losses.npy.
 
     Of a Bayesian fine-tuning these are the means; the standard deviations stand beside in sigma.safetensors, by the names
     of the weights.
@@ -233,54 +234,54 @@ def _(spec: FineTune, folder: Path) -> None:
     np.save(folder / "losses.npy", losses)
     if sigma:
         save_file(sigma, folder / SIGMA_FILE)
+    name, model = network_name(pipeline), network(pipeline)
     if spec.method == "lora":
-        layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(pipeline.unet))
-        settings = pipeline.unet.peft_config["default"].to_dict()  # without them, loading takes alpha to be the rank
-        pipeline.save_lora_weights(
-            folder, unet_lora_layers=layers, unet_lora_adapter_metadata=settings, weight_name=LORA_FILE
-        )
+        layers = get_peft_model_state_dict(model)
+        layers = convert_state_dict_to_diffusers(layers) if name == "unet" else layers
+        settings = model.peft_config["default"].to_dict()  # without them, loading takes alpha to be the rank
+        of_network = {f"{name}_lora_layers": layers, f"{name}_lora_adapter_metadata": settings}
+        pipeline.save_lora_weights(folder, weight_name=LORA_FILE, **of_network)
     else:
-        pipeline.unet.save_pretrained(folder / "unet")
+        model.save_pretrained(folder / name)
 
 
 def train(
-    pipeline: StableDiffusionPipeline, images: Tensor, captions: Sequence[str], spec: FineTune, scratch: Path
+    pipeline: DiffusionPipeline, images: Tensor, captions: Sequence[str], spec: FineTune, scratch: Path
 ) -> tuple[np.ndarray, dict[str, Tensor]]:
-    """Fine-tune `pipeline.unet` in place on images [n0, 3, h, w] under their captions [n0].
+    """Fine-tune a pipeline's network in place on images [n0, 3, h, w] under their captions [n0].
 
     Returns the losses, float32 [steps], without the terms that a protection adds, and of a Bayesian fine-tuning the
-    standard deviations by the names of the weights. The network learns what it predicts: eps, x0 or v; ValueError for a
-    flow model. Latents, noise and loss have the autoencoder's precision, the draws are the same in any. Killed and called
+    standard deviations by the names of the weights. The network learns what it predicts: eps, x0, v or a flow's
+    velocity. Latents, noise and loss have the autoencoder's precision, the draws are the same in any. Killed and called
     again with the same `scratch`, it goes on from its last checkpoint with the same result: the draws of each step come
     from their own seed.
     """
-    noising, target = training_target(pipeline)
-    unet = pipeline.unet
+    schedule, model = noising(pipeline), network(pipeline)
     class_loss = _class_loss(pipeline, spec, scratch) if isinstance(spec.protection, PriorPreservation) else None
     trained = trained_parameters(pipeline, spec)
-    random = RandomWeights(unet, spec.protection) if isinstance(spec.protection, Bayesian) else None
+    random = RandomWeights(model, spec.protection) if isinstance(spec.protection, Bayesian) else None
     trained += random.sigmas if random else []
     optimizer = torch.optim.AdamW(trained, lr=spec.learning_rate, weight_decay=0.01, fused=True)
-    scaler = torch.amp.GradScaler(unet.device.type, enabled=spec.precision == "float16")
+    scaler = torch.amp.GradScaler(model.device.type, enabled=spec.precision == "float16")
     latents, conditions = latent_source(pipeline, images, spec.transform), condition_source(pipeline, captions)
     losses = np.zeros(-(-spec.steps_per_image * len(images) // spec.batch_size), np.float32)
     start = _resume(scratch, trained, optimizer, scaler, losses)
-    unet.train()
+    model.train()
     saved = time.monotonic()
     title = ", ".join(part.item for part in spec.training)[-40:]
     for step in tqdm(range(start, len(losses)), title, len(losses), initial=start, mininterval=2, leave=False):
         torch.manual_seed(spec.seed * 1_000_003 + step)
         chosen = torch.randint(len(images), (spec.batch_size,))
         x0 = latents(chosen)
-        t = torch.randint(noising.config.num_train_timesteps, (len(x0),)).to(x0.device)
+        t = torch.randint(schedule.levels, (len(x0),)).to(x0.device)
         eps = torch.randn(x0.shape).to(x0)
 
         def loss_of(rows: slice, x0=x0, t=t, eps=eps, chosen=chosen) -> Tensor:
             """The loss of some rows of the batch."""
-            x = noising.add_noise(x0[rows], eps[rows], t[rows])
-            with torch.autocast(unet.device.type, PRECISIONS[spec.precision], enabled=spec.precision != "float32"):
-                predicted = denoise(unet, x, t[rows], conditions(chosen[rows]))
-            return F.mse_loss(predicted, target(x0[rows], eps[rows], t[rows]))
+            x = schedule.add(x0[rows], eps[rows], t[rows])
+            with torch.autocast(model.device.type, PRECISIONS[spec.precision], enabled=spec.precision != "float32"):
+                predicted = denoise(model, x, schedule.timestep(t[rows]), conditions(chosen[rows]))
+            return F.mse_loss(predicted, schedule.target(x0[rows], eps[rows], t[rows]))
 
         if isinstance(spec.protection, NoisyGradients):
             losses[step] = _noisy_backward(loss_of, len(x0), trained, spec.protection, scaler)
@@ -290,7 +291,7 @@ def train(
         if time.monotonic() - saved > SAVE_EVERY:
             _save(scratch, trained, optimizer, scaler, losses, step + 1)
             saved = time.monotonic()
-    unet.requires_grad_(False).eval()
+    model.requires_grad_(False).eval()
     return losses, random.named() if random else {}
 
 
@@ -383,7 +384,8 @@ def is_random(unet: nn.Module, name: str) -> bool:
     if ".lora_" in name:
         return ".lora_B." in name
     layer = unet.get_submodule(name.rpartition(".")[0])
-    return isinstance(layer, nn.Linear) and not any(part in name for part in (".attn2.", "time_emb", "add_emb"))
+    spared = (".attn2.", "time_emb", "add_", "time_text_embed.", "context_embedder.")
+    return isinstance(layer, nn.Linear) and not any(part in name for part in spared)
 
 
 def _noisy_backward(loss_of, n: int, trained: list[Tensor], protection: NoisyGradients, scaler) -> float:
@@ -409,7 +411,7 @@ def _class_loss(pipeline: DiffusionPipeline, spec: FineTune, scratch: Path) -> C
 
     They are drawn once, as latents, by the pipeline itself, and kept in `scratch`.
     """
-    prior, (noising, target) = spec.protection, training_target(pipeline)
+    prior, schedule, model = spec.protection, noising(pipeline), network(pipeline)
     if not (kept := scratch / "class.pt").exists():
         found = []
         pipeline.set_progress_bar_config(desc=f"images of {prior.caption!r}", leave=False, mininterval=2)
@@ -418,15 +420,14 @@ def _class_loss(pipeline: DiffusionPipeline, spec: FineTune, scratch: Path) -> C
                 torch.Generator().manual_seed(spec.seed * 1_000_003 + number)
                 for number in range(first, min(first + 25, prior.images))
             ]
-            found.append(
-                pipeline(
-                    [prior.caption] * len(generators),
-                    num_inference_steps=25,
-                    guidance_scale=prior.guidance_scale,
-                    generator=generators,
-                    output_type="latent",
-                ).images
-            )
+            drawn = pipeline(
+                [prior.caption] * len(generators),
+                num_inference_steps=25,
+                generator=generators,
+                output_type="latent",
+                **_guided(pipeline, prior.guidance_scale),
+            ).images
+            found.append(unpack(drawn, *latent_shape(pipeline)[1:]) if isinstance(pipeline, FluxPipeline) else drawn)
         pipeline.set_progress_bar_config(disable=True)
         torch.save(torch.cat(found), part := scratch / "class.pt.part")
         os.replace(part, kept)
@@ -435,16 +436,23 @@ def _class_loss(pipeline: DiffusionPipeline, spec: FineTune, scratch: Path) -> C
 
     def loss(n: int) -> Tensor:
         x0 = known[torch.randint(len(known), (n,))].to(pipeline.vae.device)
-        t = torch.randint(noising.config.num_train_timesteps, (n,)).to(x0.device)
+        t = torch.randint(schedule.levels, (n,)).to(x0.device)
         eps = torch.randn(x0.shape).to(x0)
-        with torch.autocast(pipeline.unet.device.type, PRECISIONS[spec.precision], enabled=spec.precision != "float32"):
-            predicted = denoise(pipeline.unet, noising.add_noise(x0, eps, t), t, condition)
-        return prior.weight * F.mse_loss(predicted, target(x0, eps, t))
+        with torch.autocast(model.device.type, PRECISIONS[spec.precision], enabled=spec.precision != "float32"):
+            predicted = denoise(model, schedule.add(x0, eps, t), schedule.timestep(t), condition)
+        return prior.weight * F.mse_loss(predicted, schedule.target(x0, eps, t))
 
     return loss
 
 
-def condition_source(pipeline: StableDiffusionPipeline, captions: Sequence[str]):
+def _guided(pipeline: DiffusionPipeline, scale: float) -> dict[str, object]:
+    """Classifier-free guidance of this scale, as the pipeline itself takes it."""
+    if isinstance(pipeline, FluxPipeline):
+        return {"guidance_scale": UNGUIDED, "true_cfg_scale": scale, "negative_prompt": ""}
+    return {"guidance_scale": scale}
+
+
+def condition_source(pipeline: DiffusionPipeline, captions: Sequence[str]):
     """A function from image numbers [b] to the encoded captions of these images; each caption is encoded once."""
     different = list(dict.fromkeys(captions))
     encoded = [encode(pipeline, caption) for caption in different]
@@ -455,36 +463,38 @@ def condition_source(pipeline: StableDiffusionPipeline, captions: Sequence[str])
     return lambda chosen: all_of_them.rows(row_of[chosen])
 
 
-def trained_parameters(pipeline: StableDiffusionPipeline, spec: FineTune) -> list[Tensor]:
-    """Switch on what the method trains: every U-Net weight, or a fresh adapter on all attention projections."""
+def trained_parameters(pipeline: DiffusionPipeline, spec: FineTune) -> list[Tensor]:
+    """Switch on what the method trains: every weight of the network, or a fresh adapter on all attention projections."""
+    model = network(pipeline)
     if spec.method == "lora":
         torch.manual_seed(spec.seed)
-        pipeline.unet.add_adapter(
-            LoraConfig(r=spec.rank, lora_alpha=spec.alpha, init_lora_weights="gaussian", target_modules=LORA_LAYERS)
+        layers = LORA_LAYERS[network_name(pipeline)]
+        model.add_adapter(
+            LoraConfig(r=spec.rank, lora_alpha=spec.alpha, init_lora_weights="gaussian", target_modules=layers)
         )
     else:
-        pipeline.unet.requires_grad_(True)
-    return [parameter for parameter in pipeline.unet.parameters() if parameter.requires_grad]
+        model.requires_grad_(True)
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
-def latent_source(pipeline: StableDiffusionPipeline, images: Tensor, named: str):
+def latent_source(pipeline: DiffusionPipeline, images: Tensor, named: str):
     """A function from image numbers [b] to freshly drawn scaled latents [b, c, h, w].
 
     Without a transform the encoder runs once; with one, every drawn image is transformed and encoded anew.
     """
-    vae, scale = pipeline.vae, pipeline.vae.config.scaling_factor
+    vae, (scale, shift) = pipeline.vae, latent_statistics(pipeline.vae)
     if named == "none":
         with torch.no_grad():
             known = vae.encode(images.to(vae.device, vae.dtype)).latent_dist
         mean, std = known.mean, known.std
-        return lambda chosen: (mean[chosen] + std[chosen] * torch.randn(mean[chosen].shape).to(mean.device)) * scale
+        return lambda n: (mean[n] + std[n] * torch.randn(mean[n].shape).to(mean.device) - shift) * scale
 
     change = transform(named)
 
     @torch.no_grad()
     def transformed(chosen: Tensor) -> Tensor:
         posterior = vae.encode(change(images[chosen]).to(vae.device, vae.dtype)).latent_dist
-        return (posterior.mean + posterior.std * torch.randn(posterior.mean.shape).to(vae.device)) * scale
+        return (posterior.mean + posterior.std * torch.randn(posterior.mean.shape).to(vae.device) - shift) * scale
 
     return transformed
 

@@ -9,25 +9,29 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import DDIMScheduler, DiffusionPipeline, StableDiffusion3Pipeline
+from diffusers import DDIMScheduler, DiffusionPipeline
 from diffusers.utils import logging as diffusers_logging
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
-from transformers import CLIPTokenizer
 from transformers.utils import logging as transformers_logging
 
 from fx import adapters, checkpoints, guidance, parts, single_files
 from fx.checkpoints import LORA_FILE as LORA_FILE
 from fx.families import (
+    FLOWS,
+    TOKENIZERS,
     AltTextEncoder,
     Condition,
+    check_tokens,
     denoise,
     encode,
+    latent_shape,
     latent_statistics,
     network,
     network_name,
     prediction_type,
     text_encoders,
+    token_limit,
 )
 from fx.parts import reading
 
@@ -39,6 +43,7 @@ SHAPES = (
     "cross_attention_dim",
     "block_out_channels",
     "joint_attention_dim",
+    "guidance_embeds",
 )
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 diffusers_logging.disable_progress_bar()
@@ -68,9 +73,19 @@ def model_folder(name: str) -> Path:
 
 
 @functools.cache
-def load_tokenizer(name: str) -> CLIPTokenizer:
-    """The first tokenizer of a pipeline (see `model_folder`)."""
-    return parts.load_tokenizer(model_folder(name) / "tokenizer")
+def load_tokenizers(name: str) -> dict[str, tuple[object, int | None]]:
+    """The tokenizers of a pipeline (see `model_folder`) by name, each with the tokens of a caption that are read by it."""
+    folder = model_folder(name)
+    with reading(folder):
+        kind, _, _ = parts.pipeline_class(folder)
+    known = {part: parts.load_tokenizer(folder / part) for part in TOKENIZERS if (folder / part).is_dir()}
+    return {part: (tokenizer, token_limit(kind, part, tokenizer)) for part, tokenizer in known.items()}
+
+
+def check_fits(name: str, caption: str) -> None:
+    """ValueError, before a model is loaded, if a caption has more tokens than a text encoder of this pipeline reads."""
+    for tokenizer, limit in load_tokenizers(name).values():
+        check_tokens(tokenizer, caption, limit)
 
 
 def load_pipeline(name: str, dtype: torch.dtype = torch.float32) -> DiffusionPipeline:
@@ -87,7 +102,7 @@ def load_pipeline(name: str, dtype: torch.dtype = torch.float32) -> DiffusionPip
 
 def _prepare(pipeline: DiffusionPipeline) -> DiffusionPipeline:
     """Frozen, on the device, silent, with the schedule that sampling starts from."""
-    if not isinstance(pipeline, StableDiffusion3Pipeline):
+    if not isinstance(pipeline, FLOWS):
         # a scheduler of another class may not name clip_sample, and DDIM's default would clip latents to [-1, 1]
         pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, clip_sample=False)
     pipeline.set_progress_bar_config(disable=True)
@@ -271,9 +286,9 @@ def check_fit(first: DiffusionPipeline, second: DiffusionPipeline, base: str, tu
             raise ValueError(
                 f"{base} and {tuned} do not fit: {key} is {mine} and {theirs}; name the base it was made of"
             )
-    if other.config.in_channels != second.vae.config.latent_channels:
+    if (taken := latent_shape(second)[0]) != second.vae.config.latent_channels:
         raise ValueError(
-            f"{tuned} takes {other.config.in_channels} latent channels, its autoencoder makes "
+            f"{tuned} takes {taken} latent channels, its autoencoder makes "
             f"{second.vae.config.latent_channels}: inpainting and other image-conditioned models are not supported"
         )
     kinds = prediction_type(first), prediction_type(second)

@@ -12,18 +12,18 @@ from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
     DiffusionPipeline,
+    FluxTransformer2DModel,
     SchedulerMixin,
     SD3Transformer2DModel,
-    StableDiffusion3Pipeline,
     UNet2DConditionModel,
 )
 from torch import Tensor, nn
 from transformers import AutoTokenizer
 
 from fx import checkpoints
-from fx.families import PIPELINES, TEXT_PARTS, TOKENIZERS, AltTextEncoder
+from fx.families import FLOWS, PIPELINES, TEXT_PARTS, TOKENIZERS, AltTextEncoder
 
-NETWORKS = {"UNet2DConditionModel": UNet2DConditionModel, "SD3Transformer2DModel": SD3Transformer2DModel}
+NETWORKS = {kind.__name__: kind for kind in (UNet2DConditionModel, SD3Transformer2DModel, FluxTransformer2DModel)}
 TEXT_ENCODERS = ("CLIPTextModel", "CLIPTextModelWithProjection", "T5EncoderModel")
 NEEDED = ("vae", "unet", "transformer", "scheduler", *TEXT_PARTS[:2], *TOKENIZERS[:2])
 ABSENT = ("safety_checker", "feature_extractor", "image_encoder", "text_encoder_3", "tokenizer_3")
@@ -160,7 +160,7 @@ def load_schedule(folder: Path, flow: bool) -> SchedulerMixin:
 
 def load_parts(folder: Path, kind: type, alt: bool, dtype: torch.dtype) -> dict[str, object]:
     """The parts of a pipeline of class `kind` that a folder holds, by name; ValueError for a damaged or foreign one."""
-    flow = kind is StableDiffusion3Pipeline
+    flow = kind in FLOWS
     loaders = {
         "transformer" if flow else "unet": lambda place: load_part(network_class(place), place, dtype),
         "vae": load_autoencoder,

@@ -11,7 +11,7 @@ from tqdm import tqdm
 from fx import results
 from fx.datasets import load_images, load_item, to_uint8
 from fx.defenses import check_perturbation, check_purification, perturb, purify
-from fx.families import check_caption, image_size, training_target
+from fx.families import check_caption, image_size, noising
 from fx.models import load_pipeline, model_folder
 
 
@@ -95,7 +95,7 @@ def _(spec: Purify) -> dict[str, str]:
 def _(spec: Perturb, folder: Path) -> None:
     """Write images/NNNNN.png; an interrupted run goes on with the images that are missing."""
     pipeline = load_pipeline(spec.base)
-    training_target(pipeline)
+    noising(pipeline)
     check_caption(pipeline, spec.caption)
     pictures = to_uint8(load_images(load_item(spec.item, "any").training, image_size(pipeline)))
     scratch = results.scratch(spec)

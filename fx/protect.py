@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from fx.datasets import load_item, open_image
 from fx.defenses import PERTURBATIONS, check_perturbation, perturb
-from fx.families import check_caption, image_size, network, training_target
+from fx.families import check_caption, image_size, noising, size_factor
 from fx.models import load_pipeline, model_folder
 from fx.results import sha256_of
 
@@ -62,8 +62,7 @@ def protected(
     number: by which the image owns its draws. The change is computed at the size of the model's training images and, where
     the image is larger or smaller, enlarged or shrunk with it.
     """
-    factor = pipeline.vae_scale_factor * 2 ** (len(network(pipeline).config.get("block_out_channels", [0])) - 1)
-    size = working_size(image.size, image_size(pipeline), factor)
+    size = working_size(image.size, image_size(pipeline), size_factor(pipeline))
     seen = np.asarray(image.resize(size, Image.Resampling.LANCZOS) if size != image.size else image)
     options = {name: getattr(settings, name) for name in ("method", "eps", "steps", "step_size", "caption", "seed")}
     changed = perturb(pipeline, seen[None], **options, numbers=[number], progress=progress)[0]
@@ -113,7 +112,7 @@ def run(folder: Path, out: Path, settings: Settings) -> list[Path]:
     sources = {name: sha256_of(path) for name, path in names.items()}
     waiting = [name for name in names if done.get(name) != sources[name] or not (out / name).is_file()]
     pipeline = load_pipeline(settings.base)
-    training_target(pipeline)
+    noising(pipeline)
     check_caption(pipeline, settings.caption)
     out.mkdir(parents=True, exist_ok=True)
     with tqdm(total=len(waiting) * settings.steps, desc=settings.method, unit="step", mininterval=1) as bar:

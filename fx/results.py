@@ -113,7 +113,7 @@ def digest(spec) -> str:
 
 def folder(spec) -> Path:
     """Where the finished step lies, RUNS / kind / digest (kind: class name in lower case), whether it exists or not."""
-    return _place(_asked(spec))
+    return place_of(_asked(spec))
 
 
 def scratch(spec) -> Path:
@@ -126,14 +126,14 @@ def scratch(spec) -> Path:
 def relatives(spec) -> list[Path]:
     """Finished and verified folders of what `spec` asks for in other numbers of the field that GROWS, largest first."""
     asked, field = _asked(spec), type(spec).GROWS
-    own = _place(asked)
+    own = place_of(asked)
     stem = f"{own.name.rpartition('-')[0]}-"
     found = []
     for path in own.parent.glob(f"{stem}*"):
         number = path.name.removeprefix(stem)
         if path != own and number.isdecimal():
             other = {**asked, "spec": {**asked["spec"], "fields": {**asked["spec"]["fields"], field: int(number)}}}
-            if not _fault(path, other):
+            if not fault_in(path, other):
                 found.append((int(number), path))
     return [path for _, path in sorted(found, reverse=True)]
 
@@ -231,8 +231,8 @@ def _is_step(value) -> bool:
     return dataclasses.is_dataclass(value) and perform.dispatch(type(value)) is not perform.dispatch(object)
 
 
-def _place(asked: dict) -> Path:
-    """The folder of what `_asked` returned."""
+def place_of(asked: dict) -> Path:
+    """The folder of a step by what its manifest says of it: {"spec", "inputs"}, and "grows" where it has it."""
     return RUNS / asked["spec"]["kind"] / _address(asked)
 
 
@@ -313,11 +313,11 @@ def complete(spec) -> Path:
     """
     _require_performable(spec)
     asked = _asked(spec)
-    final = _place(asked)
-    if _fault(final, asked):
+    final = place_of(asked)
+    if fault_in(final, asked):
         _require_writable_runs()
         with _alone(final):
-            if fault := _fault(final, asked):  # asked again: it may have been finished while this process waited
+            if fault := fault_in(final, asked):  # asked again: it may have been finished while this process waited
                 _set_aside(final, fault)
                 _compute(spec, final, asked)
     shutil.rmtree(RUNS / "scratch" / final.name, ignore_errors=True)
@@ -341,7 +341,7 @@ def _require_writable_runs() -> None:
         raise type(error)(error.errno, f"results cannot be kept ({error.strerror}): {way_out}", str(RUNS)) from error
 
 
-def _fault(final: Path, asked: dict) -> str:
+def fault_in(final: Path, asked: dict) -> str:
     """In a few words, why the folder cannot stand for the step asked for; empty if it can."""
     if not os.path.lexists(final):
         return "it is missing"
@@ -377,6 +377,20 @@ def _set_aside(final: Path, fault: str) -> None:
     final.rename(aside)
     step = f"{final.parent.name}/{final.name}"
     warnings.warn(f"{step} was set aside as {aside.name} and is computed anew: {fault}", stacklevel=3)
+
+
+def is_being_computed(name: str) -> bool:
+    """Whether some process holds the lock of the step whose folder has this name."""
+    path = RUNS / "locks" / f"{name}.lock"
+    if not path.exists():
+        return False
+    lock = filelock.FileLock(path)
+    try:
+        lock.acquire(timeout=0)
+    except filelock.Timeout:
+        return True
+    lock.release()
+    return False
 
 
 @contextlib.contextmanager
@@ -454,7 +468,7 @@ def _publish(part: Path, final: Path, asked: dict) -> None:
     try:
         os.replace(part, final)
     except OSError:
-        if _fault(final, asked):
+        if fault_in(final, asked):
             raise
 
 
@@ -497,7 +511,7 @@ def run(specs: Iterable, client=None, description: str = "steps") -> pd.DataFram
         _require_performable(spec)
     places = [folder(spec) for spec in specs]
     rows = Counter(places)
-    waiting = {place: spec for place, spec in zip(places, specs, strict=True) if _fault(place, _asked(spec))}
+    waiting = {place: spec for place, spec in zip(places, specs, strict=True) if fault_in(place, _asked(spec))}
     if waiting and client is None:
         _require_writable_runs()
     done = len(specs) - sum(rows[place] for place in waiting)

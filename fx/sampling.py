@@ -23,9 +23,9 @@ from tqdm import tqdm
 
 from fx import guidance, results
 from fx.datasets import to_uint8
-from fx.families import SAMPLERS, check_tokens, decode, latent_shape, make_scheduler
+from fx.families import SAMPLERS, decode, latent_shape, make_scheduler
 from fx.finetune import FineTune
-from fx.models import PRECISIONS, ModelPair, load_tokenizer
+from fx.models import PRECISIONS, ModelPair, check_fits
 from fx.tuned import Checkpoint, load_tuned, own_caption
 
 BLOCK = 10  # images that a Generate samples at a time: the last bits of a prediction depend on the size of its batch
@@ -115,8 +115,7 @@ def prompt(spec: Generate) -> str:
 
 @results.inputs.register
 def _(spec: Generate) -> dict[str, str]:
-    tokenizer = load_tokenizer(spec.model.base)
-    check_tokens(tokenizer, prompt(spec), tokenizer.model_max_length)
+    check_fits(spec.model.base, prompt(spec))
     return {}
 
 

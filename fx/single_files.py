@@ -12,6 +12,8 @@ import torch
 from diffusers import (
     DDIMScheduler,
     DiffusionPipeline,
+    FluxPipeline,
+    FluxTransformer2DModel,
     StableDiffusion3Pipeline,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
@@ -21,7 +23,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from fx import checkpoints
-from fx.families import network, network_name
+from fx.families import FLOWS, network, network_name
+from fx.names_of_modules import flux_originals
 from fx.parts import check_finite, check_floating, fill, reading
 
 NETWORK = "model.diffusion_model."
@@ -45,6 +48,7 @@ TEXT_PREFIXES = {
         "text_encoder_2": "text_encoders.clip_g.",
         "text_encoder_3": "text_encoders.t5xxl.",
     },
+    FluxPipeline: {"text_encoder": "text_encoders.clip_l.", "text_encoder_2": "text_encoders.t5xxl."},
 }
 
 
@@ -99,6 +103,7 @@ def is_bare(first: DiffusionPipeline, tensors: dict[str, Tensor]) -> bool:
 
 ORIGINAL_STARTS = ("input_blocks.", "middle_block.", "output_blocks.", "time_embed.", "label_emb.", "out.")
 ORIGINAL_STARTS += ("joint_blocks.", "x_embedder.", "t_embedder.", "y_embedder.", "final_layer.")
+ORIGINAL_STARTS += ("double_blocks.", "single_blocks.", "img_in.", "txt_in.", "time_in.", "vector_in.", "guidance_in.")
 
 
 def _part(part: nn.Module, name: str, group: dict[str, Tensor], file: Path) -> nn.Module:
@@ -142,12 +147,28 @@ def _converter(part: nn.Module, name: str, group: dict[str, Tensor]) -> Callable
     if name in ("unet", "transformer"):
         if not any(key.startswith(NETWORK) for key in group):
             return dict  # saved by diffusers
+        if isinstance(part, FluxTransformer2DModel):
+            return lambda tensors: renamed_flux(part, tensors)
         if name == "transformer":
             return lambda tensors: original.convert_sd3_transformer_checkpoint_to_diffusers(dict(tensors))
         return lambda tensors: original.convert_ldm_unet_checkpoint(tensors, part.config)
     if name == "vae":
         return lambda tensors: original.convert_ldm_vae_checkpoint(tensors, part.config)
     return lambda tensors: renamed_text(part, tensors)
+
+
+def renamed_flux(model: FluxTransformer2DModel, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """FLUX.1's weights under diffusers' names; what is none of them is left out.
+
+    diffusers' own conversion takes every network to be 3,072 wide.
+    """
+    originals, found = flux_originals(model), {}
+    for name, value in tensors.items():
+        module, _, kind = name.removeprefix(NETWORK).rpartition(".")
+        for path, rows in originals.get(module, ()):
+            ending = "weight" if kind == "scale" else kind  # of the normalisation of queries and keys
+            found[f"{path}.{ending}"] = value if rows is None else value[rows]
+    return found
 
 
 def renamed_text(encoder: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -160,6 +181,8 @@ def renamed_text(encoder: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Te
         prefix = next(prefix for prefix in known if next(iter(tensors)).startswith(prefix))
         bare = {key.removeprefix(prefix).removeprefix("transformer."): value for key, value in tensors.items()}
     bare = {key.removeprefix("text_model."): value for key, value in bare.items()}
+    if "shared.weight" in bare:  # T5's, which reads them under two names
+        bare.setdefault("encoder.embed_tokens.weight", bare["shared.weight"])
     own = encoder.state_dict().keys()
     return {f"text_model.{key}" if f"text_model.{key}" in own else key: value for key, value in bare.items()}
 
@@ -174,7 +197,7 @@ def stated_schedule(first: DiffusionPipeline, tensors: dict[str, Tensor], file: 
     or the other way round.
     """
     settings = checkpoints.stated(file)
-    flows = type(first) is StableDiffusion3Pipeline
+    flows = type(first) in FLOWS
     if "prediction_type" in settings and (settings["prediction_type"] == "flow_prediction") != flows:
         raise ValueError(
             f"{file} says that it predicts {settings['prediction_type']}, which a {type(first).__name__} does not: "

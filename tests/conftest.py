@@ -76,6 +76,14 @@ def tiny_pipeline(tiny_sd) -> StableDiffusionPipeline:
 
 
 @pytest.fixture(scope="session")
+def reader(tiny_pipeline):
+    """The tiny pipeline with a text encoder that tells captions apart better than an untrained one does."""
+    pipeline = copy.copy(tiny_pipeline)
+    pipeline.text_encoder = tiny.spread(copy.deepcopy(tiny_pipeline.text_encoder))
+    return pipeline
+
+
+@pytest.fixture(scope="session")
 def picture_folder(tmp_path_factory) -> Path:
     """A folder of four PNG files, 24 px, each a different smooth mixture of colours: to be read, not to be changed."""
     folder = tmp_path_factory.mktemp("pictures")

@@ -21,6 +21,7 @@ NAMES = {
     "sdxl": "SDXL",
     "alt": "AltDiffusion",
     "sd3": "Stable Diffusion 3 (flow)",
+    "flux": "FLUX.1 (flow)",
 }
 ROWS = {
     "test_direct_and_cfg_are_what_the_stock_pipeline_samples": "sampled as the library's own pipeline does",

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+from diffusers.loaders.lora_conversion_utils import _convert_kohya_flux_lora_to_diffusers
 from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
 from peft import (
     IA3Config,
@@ -34,7 +35,7 @@ TEXT = "text_model.encoder.layers.0.self_attn"
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("models")
-    return {family: tiny.save(family, root / family) for family in ("sd1", "sdxl", "sd3", "alt")}
+    return {family: tiny.save(family, root / family) for family in ("sd1", "sdxl", "sd3", "alt", "flux")}
 
 
 @pytest.fixture(scope="module")
@@ -488,3 +489,108 @@ def test_a_lora_for_the_transformer_of_stable_diffusion_3_and_for_altdiffusion(l
         tensors = {f"{prefix}{name}.lora_A.weight": down, f"{prefix}{name}.lora_B.weight": up}
         tuned = families.network(adapters.add(base, saved(tmp_path, tensors), "lora"))
         assert torch.allclose(change(families.network(loaded[family]), tuned, name), up @ down, atol=1e-5)
+
+
+# FLUX.1, whose original modules are several here
+
+QKV = "lora_unet_double_blocks_1_img_attn_qkv"
+ATTENTION = "transformer_blocks.1.attn"
+
+
+def test_a_fused_layer_is_cut_as_diffusers_cuts_it():
+    """Against its conversion of sd-scripts' files, which folds the scale in."""
+    torch.manual_seed(0)
+    tensors = {f"{QKV}.lora_down.weight": torch.randn(4, 8), f"{QKV}.lora_up.weight": torch.randn(24, 4)}
+    tensors[f"{QKV}.alpha"] = torch.tensor(2.0)
+    expected = _convert_kohya_flux_lora_to_diffusers(dict(tensors))
+    layer = {"down": tensors[f"{QKV}.lora_down.weight"], "up": tensors[f"{QKV}.lora_up.weight"]}
+    for number, end in enumerate(("to_q", "to_k", "to_v")):
+        found = adapters.piece(
+            layer | {"alpha": torch.tensor(2.0)}, torch.arange(8 * number, 8 * number + 8), 24, "here"
+        )
+        name = f"transformer.{ATTENTION}.{end}"
+        theirs = expected[f"{name}.lora_B.weight"] @ expected[f"{name}.lora_A.weight"]
+        assert torch.allclose(adapters.scale(found) * adapters.product(found), theirs, atol=1e-6)
+
+
+def fused_layer(kind: str, n: int, width: int) -> dict[str, torch.Tensor]:
+    """A random layer of a kind on a module of n rows."""
+    if kind == "difference":
+        return {"diff": torch.randn(n, width), "bias": torch.randn(n)}
+    if kind == "LoHa":
+        return {
+            f"hada_w{i}_{end}": torch.randn(*size) for i in "12" for end, size in (("a", (n, 2)), ("b", (2, width)))
+        }
+    if kind == "LoKr":
+        return {
+            "lokr_w1": torch.randn(6, 2),
+            "lokr_w2_a": torch.randn(n // 6, 3),
+            "lokr_w2_b": torch.randn(3, width // 2),
+        }
+    if kind == "LoKr, both of low rank":
+        first = {"lokr_w1_a": torch.randn(3, 1), "lokr_w1_b": torch.randn(1, 2)}
+        return first | {
+            "lokr_w2_a": torch.randn(n // 3, 2),
+            "lokr_w2_b": torch.randn(2, width // 2),
+            "alpha": torch.tensor(3.0),
+        }
+    layer = {"up": torch.randn(n, 2), "down": torch.randn(2, width), "alpha": torch.tensor(3.0)}
+    return layer | ({"magnitude": torch.rand(n, 1) + 1} if kind == "DoRA" else {"up_bias": torch.randn(n)})
+
+
+@pytest.mark.parametrize("kind", ["LoRA", "DoRA", "LoHa", "LoKr", "LoKr, both of low rank", "difference"])
+def test_every_kind_of_layer_on_a_fused_module_is_what_it_is_on_the_whole(kind):
+    """The rows of the whole weight after the layer are those of its pieces, in whatever order these stand."""
+    torch.manual_seed(1)
+    n, width = 24, 8
+    layer, weight = fused_layer(kind, n, width), torch.randn(n, width)
+    whole = adapters.new_weight(layer, weight, "whole")
+    for rows in (torch.arange(8), torch.arange(8, 24), torch.cat([torch.arange(16, 24), torch.arange(8)])):
+        cut = adapters.piece(layer, rows, n, "piece")
+        assert torch.allclose(adapters.new_weight(cut, weight[rows], "piece"), whole[rows], atol=1e-5)
+        for word in ("bias", "up_bias"):
+            assert word not in layer or torch.equal(cut[word], layer[word][rows])
+
+
+def test_a_fused_layer_that_cannot_be_cut_is_refused_with_its_name(loaded, tmp_path):
+    rows = torch.arange(8)
+    for layer, message in (
+        ({"up": torch.ones(9, 2), "down": torch.ones(2, 8)}, "a layer of 9 rows for 24"),
+        (
+            {"lokr_w1": torch.ones(2, 2), "lokr_w2": torch.ones(12, 4)},
+            "Kronecker blocks of 12 rows lie across two modules",
+        ),
+        ({"lokr_w1": torch.ones(4, 2), "lokr_w2": torch.ones(6, 4)}, "Kronecker blocks of 6 rows lie across"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            adapters.piece(layer, rows, 24, "here")
+    base = own(loaded["flux"])
+    tensors = {f"{QKV}.lora_down.weight": torch.ones(2, 32), f"{QKV}.lora_up.weight": torch.ones(95, 2)}
+    with pytest.raises(ValueError, match=rf"{QKV} cannot be loaded: size mismatch, a layer of 95 rows for 96"):
+        adapters.add(base, saved(tmp_path, tensors), "lora")
+    tensors = {f"{QKV}.lora_down.weight": torch.ones(2, 32), f"{QKV}.lora_up.weight": torch.ones(96, 2)}
+    twice = {f"transformer.{ATTENTION}.to_k.lora_A.weight": torch.ones(2, 32)}
+    twice |= {f"transformer.{ATTENTION}.to_k.lora_B.weight": torch.ones(32, 2)}
+    with pytest.raises(ValueError, match=rf"transformer.{ATTENTION}.to_k twice"):
+        adapters.add(base, saved(tmp_path, tensors | twice), "lora")
+    del tensors[f"{QKV}.lora_up.weight"]
+    with pytest.raises(ValueError, match="is incomplete: it has down only"):
+        adapters.add(base, saved(tmp_path, tensors), "lora")
+
+
+@torch.no_grad()
+def test_lycoris_on_a_fused_module_and_on_the_last_modulation_of_flux(loaded, tmp_path):
+    """The halves of the last modulation stand the other way round in the original code."""
+    torch.manual_seed(2)
+    base = own(loaded["flux"])
+    last = base.transformer.norm_out.linear.weight
+    name = "lora_unet_final_layer_adaLN_modulation_1"
+    layers = {QKV: fused_layer("LoHa", 96, 32), name: {"diff": torch.randn(last.shape)}}
+    tensors = {f"{module}.{word}": value for module, layer in layers.items() for word, value in layer.items()}
+    tuned = adapters.add(base, saved(tmp_path, tensors), "lora").transformer
+    before = loaded["flux"].transformer
+    parts = [change(before, tuned, f"{ATTENTION}.{end}") for end in ("to_q", "to_k", "to_v")]
+    assert torch.allclose(torch.cat(parts), adapters.product(layers[QKV]), atol=1e-5)
+    shift, scale = layers[name]["diff"].chunk(2)
+    assert torch.allclose(change(before, tuned, "norm_out.linear"), torch.cat([scale, shift]), atol=1e-5)
+    assert all(torch.equal(a, b) for a, b in zip(base.transformer.parameters(), before.parameters(), strict=True))

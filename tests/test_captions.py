@@ -1,4 +1,4 @@
-"""Captions from weights: objectives against twins and planted changes, every family's embeddings, the search."""
+"""Captions from weights: objectives against twins and planted changes, every family's embeddings, ranking."""
 
 import copy
 
@@ -10,6 +10,7 @@ from peft import LoraConfig
 from torch.distributions import MultivariateNormal
 
 from fx import captions, families
+from fx.caption_search import GradientSearch, TokenSearch
 from fx.captions import Change, change_of, rank
 from fx.models import ModelPair, load_pipeline
 
@@ -168,19 +169,15 @@ def tuned_by(folder, change) -> ModelPair:
     return ModelPair(base, tuned)
 
 
-def projections(unet, names=("to_k", "to_v")):
-    return [module for name, module in unet.named_modules() if name.endswith(tuple(f"attn2.{name}" for name in names))]
-
-
 def move(pipeline, names=("to_k", "to_v")):
-    for number, module in enumerate(projections(pipeline.unet, names)):
+    for number, module in enumerate(tiny.projections(pipeline.unet, names)):
         module.weight.data += 0.01 * drawn(*module.weight.shape, seed=number)
 
 
 def test_the_change_of_every_family_is_that_of_its_cross_attention(folder):
     pair = tuned_by(folder, move)
     change = change_of(pair)
-    assert len(change.before) == len(projections(pair.base.unet)) >= 4
+    assert len(change.before) == len(tiny.projections(pair.base.unet)) >= 4
     width = pair.base.unet.config.cross_attention_dim
     for number, (before, after) in enumerate(zip(change.before, change.after, strict=True)):
         assert before.shape[1] == width
@@ -195,7 +192,7 @@ def test_the_change_by_a_lora_is_its_scaled_product(folder):
 
     pair = tuned_by(folder, adapt)
     change = change_of(pair)
-    adapted = projections(pair.tuned.unet, ("to_k",))
+    adapted = tiny.projections(pair.tuned.unet, ("to_k",))
     moved = [after - before for before, after in zip(change.before, change.after, strict=True)]
     keys = [part for part in moved if part.abs().max() > 0]
     assert len(moved) == 2 * len(keys) == 2 * len(adapted)
@@ -208,7 +205,7 @@ def test_an_adapter_on_the_network_that_both_models_share_counts_for_theta_prime
     """As `fx.models.load_pair` has it; DoRA too, whose change is no product."""
     for settings in ({}, {"use_dora": True}):
         base = load_pipeline(str(folder))
-        before = [module.weight.detach().clone() for module in projections(base.unet)]
+        before = [module.weight.detach().clone() for module in tiny.projections(base.unet)]
         base.unet.add_adapter(
             LoraConfig(r=2, lora_alpha=6, target_modules=["to_k"], init_lora_weights=False, **settings)
         )
@@ -217,7 +214,7 @@ def test_an_adapter_on_the_network_that_both_models_share_counts_for_theta_prime
         for module in merged.modules():
             if hasattr(module, "merge"):
                 module.merge()
-        after = [getattr(module, "base_layer", module).weight for module in projections(merged)]
+        after = [getattr(module, "base_layer", module).weight for module in tiny.projections(merged)]
         assert len(change.before) == len(before)
         for found, expected in [*zip(change.before, before, strict=True), *zip(change.after, after, strict=True)]:
             torch.testing.assert_close(found, expected.detach(), atol=1e-6, rtol=0)
@@ -310,30 +307,11 @@ def test_too_many_tokens_are_refused(tiny_pipeline):
         captions.states(tiny_pipeline, [[5] * 30])
 
 
-# ranking and searching
-
-
-@pytest.fixture(scope="module")
-def reader(tiny_pipeline):
-    """The tiny pipeline with a text encoder that tells captions apart better than an untrained one does."""
-    pipeline = copy.copy(tiny_pipeline)
-    pipeline.text_encoder = tiny.spread(copy.deepcopy(tiny_pipeline.text_encoder))
-    return pipeline
-
-
-def explained_by(pipeline, caption: str, noise: float = 0.02) -> Change:
-    """A change planted into the pipeline's cross-attention by this caption."""
-    embeddings = captions.states(pipeline, captions.token_numbers(pipeline, [caption]))[0]
-    before = tuple(module.weight.detach().cpu() for module in projections(pipeline.unet))
-    after = []
-    for number, weight in enumerate(before):
-        mixed = drawn(len(weight), len(embeddings), seed=number) @ embeddings.cpu()
-        after.append(weight + mixed + noise * drawn(*weight.shape, seed=50 + number))
-    return Change(before, tuple(after))
+# ranking
 
 
 def test_rank_puts_the_planted_caption_first_and_leaves_out_what_reads_the_same(reader):
-    change = explained_by(reader, "a dog")
+    change = tiny.explained_by(reader, "a dog")
     texts = ["a cat", "a  dog", "dogs", "the sun", "a"]
     for objective in ("subspace", "coverage", "likelihood"):
         ranked = rank(change, reader, texts, objective)
@@ -344,47 +322,26 @@ def test_rank_puts_the_planted_caption_first_and_leaves_out_what_reads_the_same(
 
 
 def test_rank_refuses_what_it_cannot_do(reader):
-    change = explained_by(reader, "a dog")
+    change = tiny.explained_by(reader, "a dog")
     with pytest.raises(ValueError, match="unknown objective 'magic'"):
         rank(change, reader, ["a dog"], "magic")
     with pytest.raises(ValueError, match="no candidate"):
         rank(change, reader, [])
-    with pytest.raises(ValueError, match="most 0, beam 2 and proposals 64 must be at least 1"):
-        captions.Search(change, reader, most=0)
     with pytest.raises(ValueError, match="at most 14 fit"):
         rank(change, reader, ["z" * 30])
-
-
-@pytest.mark.parametrize(("prefix", "true"), [("", "a dog"), ("a", "a dog"), ("", "in a dog")])
-def test_a_search_finds_a_planted_caption_without_candidates(reader, prefix, true):
-    change = explained_by(reader, true)
-    search = captions.Search(change, reader, prefix, most=6)
-    found = search.run()
-    assert found.caption == true
-    own = tuple(captions.token_numbers(reader, [true])[0])
-    assert found.tokens == own
-    assert found.score == pytest.approx(float(captions.score(change, reader, [own])[0]))
-    assert search.evaluations > len(search.words)
-
-
-@pytest.mark.parametrize("start", ["b dog", "a b dog", "dog"])
-def test_a_search_mends_a_caption_by_one_token_replaced_left_out_or_put_in(reader, start):
-    search = captions.Search(explained_by(reader, "a dog"), reader, most=6)
-    tokens = [tuple(numbers) for numbers in captions.token_numbers(reader, [start, "a dog"])]
-    assert search.refined(tokens[0]) == tokens[1]
 
 
 def test_tokenizers_of_different_vocabularies_are_refused(tmp_path):
     pipeline = load_pipeline(str(tiny.save("sdxl", tmp_path / "sdxl")))
     captions.check_tokenizers(pipeline)
-    change = explained_by(pipeline, "a dog")
+    change = tiny.explained_by(pipeline, "a dog")
     pipeline.tokenizer_2.add_tokens(["cat"])
-    for attempt in (lambda: rank(change, pipeline, ["a dog"]), lambda: captions.Search(change, pipeline)):
+    for attempt in (rank, TokenSearch, GradientSearch):
         with pytest.raises(ValueError, match="the tokenizers of this model differ"):
-            attempt()
+            attempt(change, pipeline, ["a dog"])
 
 
-def test_the_vocabulary_of_a_search_has_no_special_token_and_no_broken_character(reader):
+def test_the_vocabulary_has_no_special_token_and_no_broken_character(reader):
     words = captions.vocabulary(reader)
     written = [reader.tokenizer.decode([number]) for number in words]
     assert "dog" in {text.strip() for text in written}

@@ -9,13 +9,15 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline
+from diffusers import AutoencoderKL, DDIMScheduler, FluxTransformer2DModel, StableDiffusionPipeline
+from diffusers.loaders.single_file_utils import convert_flux_transformer_checkpoint_to_diffusers
 from diffusers.utils import convert_state_dict_to_diffusers, convert_state_dict_to_kohya
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextModelWithProjection
 
 from fx import checkpoints, families, models, parts, single_files
+from fx.names_of_modules import flux_originals
 
 CAPTION = "a dog"
 RANK, ALPHA = 2, 4
@@ -129,9 +131,59 @@ def test_a_lora_in_diffusers_layout(folders, family, text, tmp_path):
         assert same(models.load_pair(str(folders[family]), place), base, made)
 
 
-@pytest.mark.parametrize("family", ["sd1", "sd2", "sdxl"])
+FUSED = {
+    "double_blocks_0_img_attn_qkv": ("transformer_blocks.0.attn", ("to_q", "to_k", "to_v")),
+    "double_blocks_1_txt_attn_qkv": ("transformer_blocks.1.attn", ("add_q_proj", "add_k_proj", "add_v_proj")),
+    "single_blocks_1_linear1": ("single_transformer_blocks.1", ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp")),
+    "double_blocks_1_img_mlp_0": ("transformer_blocks.1.ff.net.0", ("proj",)),
+    "double_blocks_0_txt_attn_proj": ("transformer_blocks.0.attn", ("to_add_out",)),
+    "single_blocks_0_linear2": ("single_transformer_blocks.0", ("proj_out",)),
+    "single_blocks_0_modulation_lin": ("single_transformer_blocks.0.norm", ("linear",)),
+    "img_in": ("", ("x_embedder",)),
+}
+
+
+@torch.no_grad()
+def kohya_for_flux(pipeline, text: bool) -> tuple[dict[str, torch.Tensor], models.DiffusionPipeline]:
+    """A random LoRA as sd-scripts trains it on the original modules, and the model with its products in the weights."""
+    torch.manual_seed(4)
+    kohya = {}
+
+    def layer(name: str, weights: list[torch.Tensor]) -> None:
+        rows = sum(len(weight) for weight in weights)
+        down, up = torch.randn(RANK, weights[0].shape[1]), torch.randn(rows, RANK)
+        entries = {"lora_down.weight": down, "lora_up.weight": up, "alpha": torch.tensor(float(ALPHA))}
+        kohya.update({f"{name}.{ending}": value for ending, value in entries.items()})
+        for weight, part in zip(weights, (ALPHA / RANK * up @ down).split([len(w) for w in weights]), strict=True):
+            weight += part
+
+    for name, (place, ends) in FUSED.items():
+        layer(
+            f"lora_unet_{name}",
+            [pipeline.transformer.get_submodule(f"{place}.{end}".strip(".")).weight for end in ends],
+        )
+    if text:
+        layer(
+            "lora_te1_text_model_encoder_layers_0_self_attn_q_proj",
+            [
+                next(
+                    m for n, m in pipeline.text_encoder.named_modules() if n.endswith("layers.0.self_attn.q_proj")
+                ).weight
+            ],
+        )
+    return kohya, pipeline
+
+
+@pytest.mark.parametrize("family", ["sd1", "sd2", "sdxl", "flux"])
 @pytest.mark.parametrize("text", [False, True])
 def test_a_lora_in_kohya_layout(folders, family, text, tmp_path):
+    if family == "flux":
+        kohya, tuned = kohya_for_flux(models.load_pipeline(str(folders[family])), text)
+        save_file(kohya, tmp_path / "artist.safetensors")
+        pair = models.load_pair(str(folders[family]), tmp_path)
+        assert same(pair, models.load_pipeline(str(folders[family])), tuned)
+        assert pair.one_network
+        return
     made = adapted(family, folders[family], text=text)
     tensors = {f"unet.{name}": value for name, value in layers(made.unet).items()}
     for name in ("text_encoder", "text_encoder_2")[: len(families.text_encoders(made)) if text else 0]:
@@ -152,7 +204,7 @@ def test_a_lora_in_kohya_layout(folders, family, text, tmp_path):
         assert same(models.load_pair(str(folders[family]), place), base, made)
 
 
-@pytest.mark.parametrize("family", ["sd1", "sd2", "sdxl", "alt", "sd3"])
+@pytest.mark.parametrize("family", tiny.FAMILIES)
 @pytest.mark.parametrize("text", [False, True])
 def test_a_lora_in_peft_layout(folders, family, text, tmp_path):
     """Written by PeftModel.save_pretrained: the network's adapter alone, or in folders beside the text encoder's."""
@@ -210,9 +262,71 @@ def single_file_base(family: str):
     return base
 
 
-@pytest.mark.parametrize("family", ["sd1", "sd2", "sdxl"])
-def test_a_single_file(family, tmp_path):
-    """Written by the original code (fixtures/single-file/make.py), with that code's own answers."""
+def check_single_file_of_flux(folders, prefix: str, tmp_path):
+    """The network alone under its bare names, or behind a prefix with its text encoders."""
+    base, tuned = (models.load_pipeline(str(folders[name])) for name in ("flux", "flux tuned"))
+    weights = {f"{prefix}{name}": value for name, value in original_flux(tuned.transformer).items()}
+    own = copy.copy(base)
+    own.transformer = tuned.transformer
+    if prefix:
+        for part, place in (("text_encoder", "clip_l"), ("text_encoder_2", "t5xxl")):
+            setattr(own, part, getattr(tuned, part))
+            weights |= {
+                f"text_encoders.{place}.transformer.{k}": v for k, v in getattr(tuned, part).state_dict().items()
+            }
+        weights = {
+            k: v for k, v in weights.items() if not k.endswith("encoder.embed_tokens.weight")
+        }  # the same once more
+    save_file({name: value.clone() for name, value in weights.items()}, tmp_path / "flux.safetensors")
+    assert same(models.load_pair(str(folders["flux"]), tmp_path / "flux.safetensors"), base, own)
+    lacking = {name: value.clone() for name, value in weights.items() if "single_blocks.1.linear1.bias" not in name}
+    save_file(lacking, tmp_path / "flux.safetensors")
+    with pytest.raises(
+        ValueError, match=r"lacks weights of FluxTransformer2DModel: single_transformer_blocks\.1\.attn"
+    ):
+        models.load_pair(str(folders["flux"]), tmp_path / "flux.safetensors")
+    save_file(weights | {f"{prefix}double_blocks.7.img_mlp.0.bias": torch.zeros(3)}, tmp_path / "flux.safetensors")
+    with pytest.raises(ValueError, match=r"left over weights of its transformer: .*double_blocks\.7\.img_mlp\.0\.bias"):
+        models.load_pair(str(folders["flux"]), tmp_path / "flux.safetensors")
+
+
+def original_flux(model) -> dict[str, torch.Tensor]:
+    """A network's weights as the original code keeps them; `test_flux_originals_are_those_that_diffusers_converts`."""
+    state, found = model.state_dict(), {}
+    for original, pieces in flux_originals(model).items():
+        for kind in ("weight", "bias"):
+            parts = [state[f"{path}.{kind}"] for path, _ in pieces if f"{path}.{kind}" in state]
+            if parts:
+                whole = torch.cat(parts)
+                if pieces[0][1] is not None:
+                    whole[torch.cat([rows for _, rows in pieces])] = torch.cat(parts)
+                found[f"{original}.{'scale' if '.norm.' in original else kind}"] = whole
+    return found
+
+
+def test_flux_originals_are_those_that_diffusers_converts():
+    """At the width that diffusers' own conversion takes for granted; every row of a weight holds its number."""
+    with torch.device("meta"):
+        model = FluxTransformer2DModel(num_layers=1, num_single_layers=1, guidance_embeds=True)
+    tensors = {}
+    for number, (original, pieces) in enumerate(flux_originals(model).items()):
+        rows = sum(model.get_submodule(path).weight.shape[0] for path, _ in pieces)
+        column = torch.arange(rows, dtype=torch.float64) + 10**6 * number
+        kinds = {"scale": column} if ".norm." in original else {"weight": column[:, None], "bias": -column}
+        tensors |= {f"{original}.{kind}": value for kind, value in kinds.items()}
+    expected = convert_flux_transformer_checkpoint_to_diffusers(dict(tensors))
+    found = single_files.renamed_flux(model, tensors)
+    assert found.keys() == expected.keys() == model.state_dict().keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("family", ["sd1", "sd2", "sdxl", "flux"])
+def test_a_single_file(family, folders, tmp_path):
+    """Written by the original code (fixtures/single-file/make.py), with that code's own answers; FLUX.1's from its names."""
+    if family == "flux":
+        for prefix in ("", "model.diffusion_model."):
+            check_single_file_of_flux(folders, prefix, tmp_path)
+        return
     single_file_base(family).save_pretrained(tmp_path)
     pair = models.load_pair(str(tmp_path), SINGLE_FILE / f"{family}.safetensors")
     expected = load_file(SINGLE_FILE / f"{family}-expected.safetensors")
@@ -802,8 +916,8 @@ REFUSED = {
         "holds FluxModel; supported",
     ),
     "unknown pipeline": (
-        lambda f: settings(f / "model_index.json", _class_name="FluxPipeline"),
-        "FluxPipeline, which is not",
+        lambda f: settings(f / "model_index.json", _class_name="PixArtSigmaPipeline"),
+        "PixArtSigmaPipeline, which is not",
     ),
     "a weight missing": (lambda f: rewrite(f / UNET, lambda t: t.pop("conv_in.bias")), r"missing keys conv_in\.bias"),
     "a weight too many": (

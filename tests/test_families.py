@@ -60,13 +60,28 @@ def schedulers(pipeline) -> dict:
     }
 
 
+def asked(family: str, x: torch.Tensor, w: float) -> dict:
+    """Starting latents and guidance as the stock pipeline takes them; the distilled FLUX.1 is told 1, which is none."""
+    if family != "flux":
+        return {"guidance_scale": w, "latents": x}
+    guided = {"guidance_scale": 1.0, "true_cfg_scale": w, "negative_prompt": [""] * len(x)}
+    return {"latents": packed_by_hand(x), **guided}
+
+
+def packed_by_hand(x: torch.Tensor) -> torch.Tensor:
+    """2x2 latents of all channels as one token, row by row."""
+    n, _, h, w = x.shape
+    squares = [x[:, :, i : i + 2, j : j + 2].reshape(n, -1) for i in range(0, h, 2) for j in range(0, w, 2)]
+    return torch.stack(squares, dim=1)
+
+
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 @pytest.mark.parametrize(("arm", "w"), [("direct", 1.0), ("cfg", 3.0)])
 def test_direct_and_cfg_are_what_the_stock_pipeline_samples(pipelines, family, arm, w):
     pipeline = pipelines[family]
     for sampler, scheduler in schedulers(pipeline).items():
         x = sampling.starting_latents(SHAPE, 7, range(2))
-        options = {"num_inference_steps": STEPS, "guidance_scale": w, "latents": x, "output_type": "pt"}
+        options = {"num_inference_steps": STEPS, "output_type": "pt", **asked(family, x, w)}
         expected = stock(pipeline, scheduler)([CAPTION] * 2, **options).images
         predict = sampling.predictor(models.ModelPair(pipeline, pipeline), CAPTION, arm)
         walked = sampling.walk(predict, x, families.make_scheduler(pipeline, sampler), STEPS, w)
@@ -100,7 +115,27 @@ def without_caption(family: str, pipeline) -> dict:
     if family == "sd3":
         text, _, pooled, _ = pipeline.encode_prompt(["", ""], None, None, do_classifier_free_guidance=False)
         return {"encoder_hidden_states": text, "pooled_projections": pooled}
+    if family == "flux":
+        text, pooled, ids = pipeline.encode_prompt(["", ""])
+        return {"encoder_hidden_states": text, "pooled_projections": pooled, "txt_ids": ids}
     return {"encoder_hidden_states": pipeline.encode_prompt(["", ""], "cpu", 1, False)[0]}
+
+
+def answer(model, x: torch.Tensor, t: torch.Tensor, given: dict) -> torch.Tensor:
+    """A network asked as its family is."""
+    if "txt_ids" not in given:
+        return model(x, timestep=t.expand(2), **given).sample
+    places = torch.tensor([[0.0, i, j] for i in range(2) for j in range(2)])
+    told = {"timestep": t.expand(2) / 1000, "guidance": torch.ones(2), "img_ids": places}
+    tokens = model(packed_by_hand(x), **told, **given).sample
+    squares = tokens.reshape(2, 2, 2, 4, 2, 2)  # image, row, column, channel, and within the square
+    return squares.permute(0, 3, 1, 4, 2, 5).reshape(x.shape)
+
+
+def shifted(family: str) -> dict:
+    """What FLUX.1's pipeline tells its schedule: even steps, and the shift of an image of four tokens."""
+    mu = 0.5 + (4 - 256) / (4096 - 256) * (1.15 - 0.5)
+    return {"sigmas": np.linspace(1, 1 / STEPS, STEPS), "mu": mu} if family == "flux" else {}
 
 
 @torch.no_grad()
@@ -117,10 +152,9 @@ def test_model_guidance_walks_along_eq_6_of_the_two_networks_without_a_caption(p
     sampler, scheduler = next(iter(schedulers(base).items()))
     start = sampling.starting_latents(SHAPE, 7, range(2))
     given, x = without_caption(family, base), start
-    scheduler.set_timesteps(STEPS)
+    scheduler.set_timesteps(STEPS, **shifted(family))
     for t in scheduler.timesteps:
-        time = {"timestep": t.expand(2)}
-        theta, theta_prime = (network(x, **time, **given).sample for network in (families.network(base), moved))
+        theta, theta_prime = (answer(model, x, t, given) for model in (families.network(base), moved))
         x = scheduler.step(theta_prime + (w - 1) * (theta_prime - theta), t, x).prev_sample
     found = sampling.sample(
         models.ModelPair(base, tuned), CAPTION, 2, "model_guidance", w, steps=STEPS, seed=7, sampler=sampler
@@ -173,8 +207,52 @@ def test_captions_of_a_batch_bring_all_that_belongs_to_them(pipelines):
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_a_caption_that_does_not_fit_is_refused(pipelines, family):
-    with pytest.raises(ValueError, match="tokens, the text encoder reads at most 16: shorten it"):
-        families.encode(pipelines[family], "dog " * 30)
+    limit = 512 if family == "flux" else 16
+    with pytest.raises(ValueError, match=f"tokens, the text encoder reads at most {limit}: shorten it"):
+        families.encode(pipelines[family], "dog " * 2 * limit)
+
+
+def test_flux_reads_by_t5_what_clip_cuts_off(pipelines):
+    """As the published pipeline does: what CLIP gives it is one vector."""
+    long, longer = (families.encode(pipelines["flux"], "a " * n) for n in (30, 60))
+    assert long.text.shape == longer.text.shape == (1, 512, 32)
+    assert not torch.equal(long.text, longer.text)
+    assert torch.equal(long.added["pooled_projections"], longer.added["pooled_projections"])
+
+
+@pytest.mark.parametrize("dynamic", [True, False])
+def test_flux_that_is_not_distilled_or_not_shifted_is_sampled_as_its_pipeline_does(dynamic):
+    """FLUX.1-schnell has neither a guidance embedding nor a shift by the size of the image."""
+    torch.manual_seed(0)
+    pipeline = tiny.flux(tiny.byte_tokenizer(), guidance_embeds=False)
+    for part in families.text_encoders(pipeline):
+        part.eval()
+    pipeline.scheduler = FlowMatchEulerDiscreteScheduler(shift=1.0 + dynamic, use_dynamic_shifting=dynamic)
+    pipeline.set_progress_bar_config(disable=True)
+    x = sampling.starting_latents(SHAPE, 7, range(2))
+    expected = stock(pipeline, FlowMatchEulerDiscreteScheduler.from_config(pipeline.scheduler.config))(
+        [CAPTION] * 2, latents=packed_by_hand(x), num_inference_steps=STEPS, output_type="pt"
+    ).images
+    predict = sampling.predictor(models.ModelPair(pipeline, pipeline), CAPTION, "direct")
+    found = families.decode(pipeline, sampling.walk(predict, x, families.make_scheduler(pipeline, "euler"), STEPS))
+    assert torch.allclose((found / 2 + 0.5).clamp(0, 1), expected, atol=1e-4)
+
+
+def test_stable_diffusion_3_with_a_dynamic_shift_is_sampled_as_its_pipeline_does(pipelines):
+    pipeline = copy.copy(pipelines["sd3"])
+    pipeline.scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, base_shift=0.7, max_shift=2.0)
+    x = sampling.starting_latents(SHAPE, 7, range(2))
+    made = stock(pipeline, FlowMatchEulerDiscreteScheduler.from_config(pipeline.scheduler.config))
+    expected = made([CAPTION] * 2, latents=x, num_inference_steps=STEPS, guidance_scale=1.0, output_type="pt").images
+    predict = sampling.predictor(models.ModelPair(pipeline, pipeline), CAPTION, "direct")
+    found = families.decode(pipeline, sampling.walk(predict, x, families.make_scheduler(pipeline, "euler"), STEPS))
+    assert torch.allclose((found / 2 + 0.5).clamp(0, 1), expected, atol=1e-4)
+
+
+def test_packing_is_undone_by_unpacking_and_is_that_of_2x2_squares():
+    x = torch.randn(3, 4, 6, 8, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(families.pack(x), packed_by_hand(x))
+    assert torch.equal(families.unpack(families.pack(x), 6, 8), x)
 
 
 def test_the_third_text_encoder_of_stable_diffusion_3_reads_256_tokens_whatever_its_tokenizer_would():

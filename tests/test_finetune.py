@@ -17,7 +17,7 @@ from torch.func import functional_call
 from fx import families, finetune, results, tuned
 from fx.datasets import Item, load_images, load_item
 from fx.defenses import TRANSFORMS, Change
-from fx.families import denoise, encode
+from fx.families import denoise, encode, network, network_name
 from fx.finetune import Bayesian, FineTune, NoisyGradients, PriorPreservation, TrainingItem, load_training
 from fx.models import LORA_FILE, load_pipeline
 from fx.tuned import load_tuned, own_caption
@@ -381,7 +381,7 @@ def test_defenses_train_and_are_fixed_by_the_seed(spec, trained, transform):
 # the step of the runner
 
 
-@pytest.fixture(scope="module", params=["sd1", "sd2", "sdxl", "alt"])
+@pytest.fixture(scope="module", params=tiny.FAMILIES)
 def family(request, tmp_path_factory) -> str:
     """The folder of a tiny model of each family that is fine-tuned."""
     return str(tiny.save(request.param, tmp_path_factory.mktemp("families") / request.param))
@@ -403,8 +403,8 @@ def test_the_saved_model_predicts_what_was_trained(spec, runs, pictures, family,
     x, t = torch.randn(2, 4, 4, 4, generator=torch.Generator().manual_seed(0)), torch.tensor(300)
     with torch.no_grad():
         found, base = (pair.predict(model, x, t, text) for model in ("tuned", "base"))
-        assert torch.allclose(found, denoise(pipeline.unet, x, t, text), atol=1e-5)
-        assert torch.allclose(base, denoise(load_pipeline(family).unet, x, t, text), atol=1e-5)
+        assert torch.allclose(found, denoise(network(pipeline), x, t, text), atol=1e-5)
+        assert torch.allclose(base, denoise(network(load_pipeline(family)), x, t, text), atol=1e-5)
     assert (found - base).abs().max() > 1e-2
 
 
@@ -417,31 +417,68 @@ def test_the_first_loss_of_every_family_is_that_of_its_own_schedule_and_predicti
     with torch.no_grad():
         posterior = pipeline.vae.encode(pictures).latent_dist
         x0 = posterior.mean[chosen] + posterior.std[chosen] * torch.randn(4, 4, 4, 4)
-        x0, t = x0 * pipeline.vae.config.scaling_factor, torch.randint(T, (4,))
-        eps = torch.randn(x0.shape)
-        kept = pipeline.scheduler.alphas_cumprod[t][:, None, None, None]
-        predicted = denoise(pipeline.unet, kept.sqrt() * x0 + (1 - kept).sqrt() * eps, t, text)
-    velocity = pipeline.scheduler.config.prediction_type == "v_prediction"
-    assert velocity == family.endswith("sd2")
-    wanted = kept.sqrt() * eps - (1 - kept).sqrt() * x0 if velocity else eps
+        x0 = (x0 - (pipeline.vae.config.shift_factor or 0)) * pipeline.vae.config.scaling_factor
+        t, eps = torch.randint(T, (4,)), torch.randn(x0.shape)
+        if family.endswith(("sd3", "flux")):
+            level = torch.linspace(1, 1 / T, T)[t]  # of which shift s makes s l / (1 + (s - 1) l); FLUX.1's is dynamic
+            level = 3 * level / (1 + 2 * level) if family.endswith("sd3") else level
+            x, told, wanted = torch.lerp(x0, eps, level[:, None, None, None]), T * level, eps - x0
+        else:
+            kept = pipeline.scheduler.alphas_cumprod[t][:, None, None, None]
+            x, told = kept.sqrt() * x0 + (1 - kept).sqrt() * eps, t
+            velocity = pipeline.scheduler.config.prediction_type == "v_prediction"
+            assert velocity == family.endswith("sd2")
+            wanted = kept.sqrt() * eps - (1 - kept).sqrt() * x0 if velocity else eps
+        predicted = denoise(network(pipeline), x, told, text)
     losses, _ = finetune.train(pipeline, pictures, ["a dog"] * 4, asked, tmp_path)
     assert losses[0] == pytest.approx(((predicted - wanted) ** 2).mean().item(), rel=1e-4)
 
 
-def test_a_flow_model_is_refused_before_any_image_is_looked_at(spec, runs, tmp_path, monkeypatch):
-    wrong = spec("dreambooth", base=str(tiny.save("sd3", tmp_path / "sd3")))
-    monkeypatch.setattr(finetune, "load_training", lambda part: pytest.fail("an image was looked at"))
-    with pytest.raises(ValueError, match=r"sd3.* is a StableDiffusion3Pipeline, a flow model: fx fine-tunes"):
-        results.complete(wrong)
-    with pytest.raises(ValueError, match="flow model"):
-        results.run([wrong])
-    assert not runs.exists()
+@pytest.mark.parametrize("method", finetune.METHODS)
+def test_fine_tuning_lowers_the_loss_of_every_family(spec, family, pictures, tmp_path, method):
+    """The loss at 64 draws of its own, the same before and after."""
+    asked, pipeline = spec(method, base=family, learning_rate=3e-3, steps_per_image=30), load_pipeline(family)
+    schedule, text, draw = families.noising(pipeline), encode(pipeline, "a dog"), torch.Generator().manual_seed(0)
+    x0 = finetune.latent_source(pipeline, pictures, "none")(torch.arange(64) % 4)
+    t, eps = torch.randint(T, (64,), generator=draw), torch.randn(x0.shape, generator=draw)
+
+    def loss() -> float:
+        with torch.no_grad():
+            found = denoise(network(pipeline), schedule.add(x0, eps, t), schedule.timestep(t), text)
+        return (found - schedule.target(x0, eps, t)).square().mean().item()
+
+    before = loss()
+    finetune.train(pipeline, pictures, ["a dog"] * 4, asked, tmp_path)
+    assert loss() < 0.995 * before
 
 
-def test_a_network_that_predicts_a_flow_is_refused_before_training(spec, fresh, pictures, tmp_path, monkeypatch):
-    monkeypatch.setattr(families, "prediction_type", lambda pipeline: "flow_prediction")
+def test_a_lora_of_a_transformer_learns_where_the_text_attends_too(spec, runs, tmp_path):
+    for family in ("sd3", "flux"):
+        asked = spec("lora", base=str(tiny.save(family, tmp_path / family)))
+        names = load_file(results.complete(asked) / LORA_FILE)
+        for layer in ("to_q", "to_out.0", "add_k_proj", "to_add_out"):
+            assert any(f".attn.{layer}." in name for name in names), layer
+        assert all(name.startswith("transformer.") for name in names)
+
+
+def test_a_caption_that_is_too_long_is_refused_before_any_image_is_looked_at(spec, runs, tmp_path, monkeypatch):
+    """Whatever the family reads captions by: FLUX.1 cuts off what CLIP does not read, and T5 reads 512 tokens."""
+    monkeypatch.setattr(finetune, "load_pipeline", lambda *_: pytest.fail("the model was loaded"))
+    for family, n, limit in (("sdxl", 20, 16), ("flux", 600, 512)):
+        part = TrainingItem(spec("dreambooth").training[0].item, "z " * n)
+        asked = replace(spec("dreambooth"), training=(part,), base=str(tiny.save(family, tmp_path / family)))
+        with pytest.raises(ValueError, match=f"the text encoder reads at most {limit}"):
+            results.complete(asked)
+
+
+def test_a_network_that_predicts_something_unknown_is_refused_before_training(
+    spec, fresh, pictures, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(families, "prediction_type", lambda pipeline: "noise level")
     monkeypatch.setattr(finetune, "latent_source", lambda *_: pytest.fail("images were encoded"))
-    with pytest.raises(ValueError, match="models that predict epsilon, sample, v_prediction, not flow_prediction"):
+    with pytest.raises(
+        ValueError, match="models that predict epsilon, sample, v_prediction or a flow, not noise level"
+    ):
         finetune.train(fresh(), pictures, ["a dog"] * 4, spec("dreambooth"), tmp_path)
 
 
@@ -665,14 +702,15 @@ def test_a_bayesian_model_is_its_means_on_disk_with_the_deviations_beside(
 def test_every_family_is_fine_tuned_with_every_protection(spec, runs, family, protection):
     """Something else is learned than without, and what is left loads as a model of the family."""
     plain, asked = (spec("dreambooth", base=family, protection=kind) for kind in (None, protection))
-    weights = [load_file(results.complete(s) / WEIGHTS["dreambooth"]) for s in (plain, asked)]
+    file = f"{network_name(load_pipeline(family))}/diffusion_pytorch_model.safetensors"
+    weights = [load_file(results.complete(s) / file) for s in (plain, asked)]
     assert weights[0].keys() == weights[1].keys()
     assert not equal(*weights)
     assert all(value.isfinite().all() for value in weights[1].values())
     load_tuned(asked)
     if isinstance(protection, Bayesian):
         drawn = load_file(results.complete(asked) / finetune.SIGMA_FILE)
-        assert not any(part in name for name in drawn for part in ("embedding", "time_emb", "attn2"))
+        assert not any(part in name for name in drawn for part in ("embedding", "time_emb", "attn2", "add_"))
 
 
 def test_deviations_never_reach_zero(fresh):

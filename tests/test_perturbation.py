@@ -5,10 +5,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import tiny
+import torch
 from PIL import Image
 
-from fx import defenses, finetune, perturbation, results
+from fx import defenses, families, finetune, perturbation, results
 from fx.datasets import load_images, load_item, to_uint8
+from fx.defenses import Draws, denoising_error
 from fx.evaluation import Score, known_items, scored_images
 from fx.extraction import Extract
 from fx.finetune import FineTune, TrainingItem, learned_from, load_training
@@ -189,7 +191,17 @@ def test_first_beyond_the_changed_images_is_refused(picture_folder, perturb, mon
         load_training(part)
 
 
-def test_a_flow_model_cannot_perturb(tmp_path, perturb, runs):
-    folder = tiny.save("sd3", tmp_path / "sd3")
-    with pytest.raises(ValueError, match="flow"):
-        results.complete(perturb(base=str(folder)))
+@pytest.mark.parametrize("family", ["sd3", "flux"])
+def test_a_flow_model_perturbs_too(tmp_path, perturb, runs, family):
+    """Its own loss on the changed images rises: the velocity at the noise levels of its schedule."""
+    asked = perturb(base=str(tiny.save(family, tmp_path / family)), steps=20)
+    pipeline = load_pipeline(asked.base)
+    known = load_item(asked.item, "any").training
+    before, after = (load_images(paths, 16) for paths in (known, changed_images(asked)))
+    draw = torch.Generator().manual_seed(1)
+    draws = Draws(torch.arange(100, 900, 200), torch.randn(4, 4, 4, 4, generator=draw), torch.zeros(4, 4, 4, 4))
+    condition = families.encode(pipeline, asked.caption)
+    with torch.no_grad():
+        losses = [denoising_error(pipeline, x, condition, draws).mean() for x in (before, after)]
+    assert losses[1] > losses[0]
+    assert (before - after).abs().max() <= asked.eps / 127.5 + 1e-6

@@ -1,5 +1,6 @@
 """Tiny random models of the real classes, in the layouts that people publish: one builder per family."""
 
+import functools
 import json
 from pathlib import Path
 
@@ -9,6 +10,8 @@ from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
     FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
     PNDMScheduler,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
@@ -29,17 +32,34 @@ from transformers import (
     Dinov2Config,
     Dinov2Model,
     PreTrainedTokenizerFast,
+    T5Config,
+    T5EncoderModel,
     ViTConfig,
     ViTModel,
 )
 
+from fx.captions import Change, states, token_numbers
 from fx.families import AltConfig, AltTextEncoder
 
 MAX_TOKENS = 16
 WIDTH = 32
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
-FAMILIES = ("sd1", "sd2", "sdxl", "alt", "sd3")
+FAMILIES = ("sd1", "sd2", "sdxl", "alt", "sd3", "flux")
 ORIGINALS, COPIES = 4, 5
+
+
+def _small(begin):
+    """FluxPipeline draws 1024 px, whatever its network; here 16 px."""
+
+    @functools.wraps(begin)
+    def begun(self, *parts, **named):
+        begin(self, *parts, **named)
+        self.default_sample_size = 4
+
+    return begun
+
+
+FluxPipeline.__init__ = _small(FluxPipeline.__init__)
 
 
 def byte_tokenizer() -> CLIPTokenizer:
@@ -148,6 +168,8 @@ def pipeline(family: str):
             add_watermarker=False,
             **both,
         )
+    if family == "flux":
+        return flux(tokenizer)
     return StableDiffusion3Pipeline(
         transformer=SD3Transformer2DModel(
             sample_size=4,
@@ -169,6 +191,26 @@ def pipeline(family: str):
         tokenizer_3=None,
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
         **both,
+    )
+
+
+def flux(tokenizer: CLIPTokenizer, **settings) -> FluxPipeline:
+    """An untrained FLUX.1, distilled as its -dev is: 16 px pictures, two blocks of each kind, 32 wide."""
+    words = roberta_tokenizer()
+    size = {"d_model": WIDTH, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2}
+    return FluxPipeline(
+        transformer=FluxTransformer2DModel(
+            **{"in_channels": 16, "num_layers": 2, "num_single_layers": 2, "attention_head_dim": 8}
+            | {"num_attention_heads": 4, "joint_attention_dim": WIDTH, "pooled_projection_dim": WIDTH}
+            | {"guidance_embeds": True, "axes_dims_rope": (2, 2, 4)}
+            | settings
+        ),
+        vae=autoencoder(scaling_factor=0.36, shift_factor=0.12, use_quant_conv=False, use_post_quant_conv=False),
+        text_encoder=text_encoder(tokenizer),
+        tokenizer=tokenizer,
+        text_encoder_2=T5EncoderModel(T5Config(vocab_size=len(words), pad_token_id=1, eos_token_id=2, **size)),
+        tokenizer_2=words,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
     )
 
 
@@ -245,3 +287,24 @@ def copies(n: int = ORIGINALS, times: int = COPIES) -> np.ndarray:
     """Image i is `pictures(n)[i % n]` with a little noise, uint8 [n * times, 32, 32, 3]."""
     noise = np.random.default_rng(1).normal(0, 3, (n * times, 32, 32, 3))
     return (np.concatenate([pictures(n)] * times) + noise).round().clip(0, 255).astype(np.uint8)
+
+
+def _drawn(*shape: int, seed: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def projections(unet, names=("to_k", "to_v")):
+    """The cross-attention projections of a U-Net, in its order."""
+    return [module for name, module in unet.named_modules() if name.endswith(tuple(f"attn2.{name}" for name in names))]
+
+
+@torch.no_grad()
+def explained_by(pipeline, caption: str, noise: float = 0.02) -> Change:
+    """A change planted into the pipeline's cross-attention by this caption."""
+    embeddings = states(pipeline, token_numbers(pipeline, [caption]))[0]
+    before = tuple(module.weight.detach().cpu() for module in projections(pipeline.unet))
+    after = []
+    for number, weight in enumerate(before):
+        mixed = _drawn(len(weight), len(embeddings), seed=number) @ embeddings.float().cpu()
+        after.append(weight + mixed + noise * _drawn(*weight.shape, seed=50 + number))
+    return Change(before, tuple(after))
