@@ -36,7 +36,7 @@ def make(folder: Path, base: str) -> None:
     """A random LoRA of rank 64 and a copy of the U-Net, as two fine-tuned models of `base`."""
     pipeline = load_pipeline(base)
     pipeline.unet.save_pretrained(folder / "dreambooth/unet")
-    settings = LoraConfig(r=64, lora_alpha=64, target_modules=LORA_LAYERS, init_lora_weights=False)
+    settings = LoraConfig(r=64, lora_alpha=64, target_modules=LORA_LAYERS["unet"], init_lora_weights=False)
     pipeline.unet.add_adapter(settings)
     layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(pipeline.unet))
     pipeline.save_lora_weights(folder / "lora", unet_lora_layers=layers)

@@ -381,7 +381,9 @@ def theirs(request, tiny_sd, tmp_path) -> Checkpoint:
             parameter.data += 0.05 * torch.randn_like(parameter)
         pipeline.unet.save_pretrained(tmp_path / "foreign/unet")
         return Checkpoint(str(tmp_path / "foreign"), str(tiny_sd), "a dog")
-    pipeline.unet.add_adapter(LoraConfig(r=2, lora_alpha=2, target_modules=LORA_LAYERS, init_lora_weights=False))
+    pipeline.unet.add_adapter(
+        LoraConfig(r=2, lora_alpha=2, target_modules=LORA_LAYERS["unet"], init_lora_weights=False)
+    )
     layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(pipeline.unet))
     pipeline.save_lora_weights(tmp_path / "foreign", unet_lora_layers=layers)
     return Checkpoint(str(tmp_path / "foreign" / LORA_FILE), str(tiny_sd), "a dog")
