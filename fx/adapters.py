@@ -173,7 +173,11 @@ def piece(layer: Layer, rows: Tensor, total: int, where: str) -> Layer:
     if n != total or layer.keys() & {"mid", "hada_t1", "hada_t2", "lokr_t2"}:
         raise ValueError(f"{where} cannot be loaded: size mismatch, a layer of {n} rows for {total}")
     cut = {word: rows for word in ("up", "up_bias", "diff", "bias", "hada_w1_a", "hada_w2_a") if word in layer}
-    if "magnitude" in layer and layer["magnitude"].shape[0] == total:
+    if "magnitude" in layer:
+        if layer["magnitude"].shape[0] != total:
+            raise ValueError(
+                f"{where} cannot be loaded: its DoRA measures columns, which go through several modules here"
+            )
         cut["magnitude"] = rows
     if two is not None:
         blocks = rows.reshape(-1, height) if len(rows) % (height := two.shape[0]) == 0 else rows[:, None]

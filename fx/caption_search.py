@@ -33,6 +33,7 @@ from fx.captions import (
     score,
     states,
     token_numbers,
+    usual_price,
     vocabulary,
 )
 from fx.finetune import FineTune
@@ -57,7 +58,7 @@ class TokenSearch:
 
     prefix: what the caption is known to begin with, "" for nothing; most: tokens to find at most; beam: how many captions
     are kept at each length; proposals: how many are scored with all padding, of those that come first with little; price:
-    what a token must add to the score to be worth it (of the likelihood, in nats). evaluations counts encoded captions.
+    what a token must add to the score to be worth it, None for `usual_price`. evaluations counts encoded captions.
     ValueError where most, beam or proposals is below 1, for an unknown objective and where two tokenizers differ.
 
     A rare token leaves a trace wherever it stands, a common one ("of") hardly any, and with CLIP, which reads from left to
@@ -74,14 +75,15 @@ class TokenSearch:
         most: int = 8,
         beam: int = 2,
         proposals: int = 64,
-        price: float = PRICE,
+        price: float | None = None,
         objective: str = "likelihood",
     ):
         if min(most, beam, proposals) < 1:
             raise ValueError(f"most {most}, beam {beam} and proposals {proposals} must be at least 1")
         check_tokenizers(pipeline)
         check_objective(objective)
-        self.change, self.pipeline, self.price, self.objective = change, pipeline, price, objective
+        self.change, self.pipeline, self.objective = change, pipeline, objective
+        self.price = usual_price(objective) if price is None else price
         self.beam, self.proposals = beam, proposals
         self.tokenizer = encoders(pipeline)[0][0]
         self.prefix = tuple(token_numbers(pipeline, [prefix])[0]) if prefix else ()
@@ -261,8 +263,8 @@ class CaptionSearch:
     """A search for the caption that a model was fine-tuned with, from its weights and its base model's.
 
     by: "tokens" (TokenSearch) or "gradient" (GradientSearch); objective: of fx.captions; prefix: what the caption is known
-    to begin with; most: tokens to find, of a TokenSearch at most, of a GradientSearch exactly; the other fields are those
-    of one of the two, and the other ignores them.
+    to begin with; most: tokens to find, of a TokenSearch at most, of a GradientSearch exactly; price: of a token in nats,
+    with the likelihood only; the other fields are those of one of the two, and the other ignores them.
     """
 
     VERSION: ClassVar[int] = 1
@@ -295,8 +297,7 @@ class CaptionSearch:
 def _(spec: CaptionSearch, folder: Path) -> None:
     """Write scores.json: caption, score and evaluations; tokens.json: the numbers of its tokens."""
     pair = load_tuned(spec.model)
-    with torch.enable_grad():
-        found = search(spec, change_of(pair), pair.tuned).run()
+    found = search(spec, change_of(pair), pair.tuned).run()
     told = asdict(found)
     (folder / "tokens.json").write_text(json.dumps(told.pop("tokens")))
     (folder / "scores.json").write_text(json.dumps({"found": told.pop("caption"), **told}, ensure_ascii=False))
@@ -306,7 +307,8 @@ def search(spec: CaptionSearch, change: Change, pipeline: DiffusionPipeline) -> 
     """The search that a spec describes, ready to run."""
     common = {"prefix": spec.prefix, "objective": spec.objective}
     if spec.by == "tokens":
-        return TokenSearch(change, pipeline, **common, **_fields(spec, "most", "beam", "proposals", "price"))
+        price = spec.price if spec.objective == "likelihood" else None
+        return TokenSearch(change, pipeline, **common, price=price, **_fields(spec, "most", "beam", "proposals"))
     rest = _fields(spec, "iterations", "restarts", "step", "seed")
     return GradientSearch(change, pipeline, **common, tokens=spec.most, **rest)
 

@@ -318,6 +318,11 @@ def check_objective(objective: str) -> None:
         raise ValueError(f"unknown objective {objective!r}: choose from {', '.join(OBJECTIVES)}")
 
 
+def usual_price(objective: str) -> float:
+    """What a token costs unless something else is said: PRICE with the likelihood, which is in nats, else nothing."""
+    return PRICE if objective == "likelihood" else 0.0
+
+
 def objective_of(pipeline: DiffusionPipeline, objective: str, length: int | None = None) -> Objective:
     """The function of that name, for captions of `length` tokens of this model; ValueError for an unknown one."""
     check_objective(objective)
@@ -370,7 +375,7 @@ def rank(
     different = {}
     for caption, numbers in zip(captions, token_numbers(pipeline, captions), strict=True):
         different.setdefault(tuple(numbers), caption)
-    price = (PRICE if objective == "likelihood" else 0.0) if price is None else price
+    price = usual_price(objective) if price is None else price
     scores = score(change, pipeline, list(different), objective, price=price)
     found = pd.DataFrame({"caption": different.values(), "score": scores})
     return found.sort_values("score", ascending=False, kind="stable", ignore_index=True)

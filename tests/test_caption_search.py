@@ -37,6 +37,10 @@ def test_a_search_mends_a_caption_by_one_token_replaced_left_out_or_put_in(reade
 def test_what_a_token_must_add_keeps_the_caption_short(reader):
     change = tiny.explained_by(reader, "a dog")
     assert TokenSearch(change, reader, price=1e6).run().caption == ""
+    model = Checkpoint("somewhere")
+    assert search(CaptionSearch(model, price=7.0), change, reader).price == 7.0
+    assert search(CaptionSearch(model, objective="coverage"), change, reader).price == 0, "a share of 0 to 1, not nats"
+    assert TokenSearch(change, reader, objective="coverage", most=4).run().caption != ""
     with pytest.raises(ValueError, match="most 0, beam 2 and proposals 64 must be at least 1"):
         TokenSearch(change, reader, most=0)
     with pytest.raises(ValueError, match="unknown objective 'magic'"):
