@@ -144,14 +144,15 @@ def check_tokens(tokenizer, caption: str, limit: int | None) -> None:
         raise ValueError(f"the caption {caption!r} has {n} tokens, the text encoder reads at most {limit}: shorten it")
 
 
-@torch.no_grad()
-def encode(pipeline: DiffusionPipeline, caption: str) -> Condition:
+def encode(pipeline: DiffusionPipeline, caption: str, learning: bool = False) -> Condition:
     """A caption encoded as the family does it, b = 1; "" is the unconditional input, as in the pipeline's own guidance.
 
-    Raises ValueError if the caption does not fit (`check_caption`).
+    learning: whether gradients are to reach the text encoders. Raises ValueError if the caption does not fit
+    (`check_caption`).
     """
     check_caption(pipeline, caption)
-    return _encode(pipeline, caption)
+    with torch.set_grad_enabled(learning):
+        return _encode(pipeline, caption)
 
 
 @functools.singledispatch

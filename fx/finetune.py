@@ -1,4 +1,7 @@
-"""Few-shot fine-tuning as in App. E: DreamBooth without prior loss, and LoRA, both on the denoising network only."""
+"""Few-shot fine-tuning as in App. E: DreamBooth without prior loss, and LoRA, both on the denoising network only.
+
+Beyond the paper, what people publish as well: DoRA and LoHa in LoRA's place, and text encoders that learn too.
+"""
 
 import functools
 import os
@@ -12,18 +15,19 @@ from typing import ClassVar
 import numpy as np
 import torch
 import torch.nn.functional as F
-from diffusers import DiffusionPipeline, FluxPipeline
+from diffusers import DiffusionPipeline, FluxPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
 from diffusers.utils import convert_state_dict_to_diffusers
-from peft import LoraConfig
+from peft import LoHaConfig, LoraConfig, PeftConfig
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from fx import results
+from fx import parts, results
 from fx.datasets import Item, load_images, load_item
 from fx.defenses import check_transform, transform
 from fx.families import (
+    TEXT_PARTS,
     UNGUIDED,
     Condition,
     denoise,
@@ -40,9 +44,11 @@ from fx.models import LORA_FILE, PRECISIONS, check_fits, load_pipeline, model_fo
 from fx.perturbation import Changed, changed_images, item_of
 
 METHODS = ("dreambooth", "lora")
+ADAPTERS = ("lora", "dora", "loha")
 # of self- and cross-attention; of a transformer also where the text attends
 LORA_LAYERS = {"unet": ["to_q", "to_k", "to_v", "to_out.0"]}
 LORA_LAYERS["transformer"] = [*LORA_LAYERS["unet"], "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"]
+TEXT_LAYERS = ["q_proj", "k_proj", "v_proj", "out_proj"]
 SIGMA_FILE = "sigma.safetensors"
 SAVE_EVERY = 60.0  # seconds between checkpoints
 
@@ -160,9 +166,12 @@ class FineTune:
 
     training: one item, or several for a mixture, in which each image keeps the caption of its item.
     steps_per_image: the optimiser sees steps_per_image * N0 images in all, in batches of `batch_size` (App. E: 200, 1).
-    rank, alpha: of the LoRA; 0 for DreamBooth. transform: "none", or a defense of fx.defenses, with its strength if it is
-    not the usual one ("cutout", "cutout:0.25"). precision: of the forward and the backward pass ("float32", "bfloat16",
-    "float16"); weights and optimiser are in float32 always. protection: None, or what else the owner does.
+    rank, alpha: of the LoRA; 0 for DreamBooth. adapter: what has that rank: LoRA, its relative with lengths of its own
+    (DoRA; Liu et al., 2024), or a Hadamard product of two (LoHa; Yeh et al., 2024). text_encoder: whether the text
+    encoders learn too, by the same method (Stable Diffusion 1, 2 and SDXL). transform: "none", or a defense of
+    fx.defenses, with its strength if it is not the usual one ("cutout", "cutout:0.25"). precision: of the forward and the
+    backward pass ("float32", "bfloat16", "float16"); weights and optimiser are in float32 always. protection: None, or
+    what else the owner does.
     """
 
     VERSION: ClassVar[int] = 1
@@ -179,6 +188,8 @@ class FineTune:
     precision: str = "float32"
     seed: int = 0
     protection: Protection | None = field(default=None, metadata={"absent": None})
+    adapter: str = field(default="lora", metadata={"absent": "lora"})
+    text_encoder: bool = field(default=False, metadata={"absent": False})
 
     def __post_init__(self):
         if not isinstance(self.training, tuple) or not all(isinstance(part, TrainingItem) for part in self.training):
@@ -191,6 +202,10 @@ class FineTune:
             raise ValueError(f"unknown precision {self.precision!r}: choose from {', '.join(PRECISIONS)}")
         if not (min(self.rank, self.alpha) > 0 if self.method == "lora" else self.rank == self.alpha == 0):
             raise ValueError(f"rank {self.rank} and alpha {self.alpha}: LoRA needs both above 0, DreamBooth both 0")
+        if self.adapter not in ADAPTERS:
+            raise ValueError(f"unknown adapter {self.adapter!r}: choose from {', '.join(ADAPTERS)}")
+        if self.adapter != "lora" and (self.method != "lora" or isinstance(self.protection, Bayesian)):
+            raise ValueError(f"the adapter {self.adapter} takes the place of a LoRA without random weights")
         if self.transform != "none":
             check_transform(self.transform)
         if self.protection is not None and not isinstance(self.protection, Protection):
@@ -209,6 +224,8 @@ class FineTune:
 @results.inputs.register
 def _(spec: FineTune) -> dict[str, str]:
     found = {"base": results.sha256_of(model_folder(spec.base))}
+    if spec.text_encoder:
+        check_text_encoders(spec.base)
     if isinstance(spec.protection, PriorPreservation):
         check_fits(spec.base, spec.protection.caption)
     for number, part in enumerate(spec.training):
@@ -219,12 +236,22 @@ def _(spec: FineTune) -> dict[str, str]:
     return found
 
 
+def check_text_encoders(base: str) -> None:
+    """ValueError unless the text encoders of this base model can be fine-tuned: those of Stable Diffusion 1, 2 and SDXL."""
+    folder = model_folder(base)
+    with parts.reading(folder):
+        kind, alt, _ = parts.pipeline_class(folder)
+    if alt or kind not in (StableDiffusionPipeline, StableDiffusionXLPipeline):
+        name = "AltDiffusion" if alt else kind.__name__
+        raise ValueError(f"the text encoders of {base} ({name}) are not fine-tuned here: leave text_encoder out")
+
+
 @results.perform.register
 def _(spec: FineTune, folder: Path) -> None:
-    """Write the fine-tuned network (DreamBooth) or the LoRA, both in diffusers' layout, and losses.npy.
+    """Write the fine-tuned parts (DreamBooth) or the adapter, and losses.npy.
 
-    Of a Bayesian fine-tuning these are the means; the standard deviations stand beside in sigma.safetensors, by the names
-    of the weights.
+    Networks, LoRA and DoRA lie there in diffusers' layout, a LoHa in LyCORIS's, which has no other. Of a Bayesian
+    fine-tuning these are the means; the standard deviations stand beside in sigma.safetensors, by the names of the weights.
     """
     items = [load_training(part) for part in spec.training]
     pipeline = load_pipeline(spec.base)
@@ -234,15 +261,38 @@ def _(spec: FineTune, folder: Path) -> None:
     np.save(folder / "losses.npy", losses)
     if sigma:
         save_file(sigma, folder / SIGMA_FILE)
-    name, model = network_name(pipeline), network(pipeline)
-    if spec.method == "lora":
-        layers = get_peft_model_state_dict(model)
-        layers = convert_state_dict_to_diffusers(layers) if name == "unet" else layers
-        settings = model.peft_config["default"].to_dict()  # without them, loading takes alpha to be the rank
-        of_network = {f"{name}_lora_layers": layers, f"{name}_lora_adapter_metadata": settings}
-        pipeline.save_lora_weights(folder, weight_name=LORA_FILE, **of_network)
+    trained = trained_parts(pipeline, spec)
+    if spec.method == "dreambooth":
+        for name, model in trained.items():
+            model.save_pretrained(folder / name)
+    elif spec.adapter == "loha":
+        save_file(lycoris(trained, spec.alpha), folder / LORA_FILE)
     else:
-        model.save_pretrained(folder / name)
+        pipeline.save_lora_weights(folder, weight_name=LORA_FILE, **_lora_layers(trained))
+
+
+def _lora_layers(trained: dict[str, nn.Module]) -> dict[str, dict]:
+    """The layers of every part and peft's settings for them, without which loading takes alpha to be the rank."""
+    found = {}
+    for name, model in trained.items():
+        layers = get_peft_model_state_dict(model)
+        converted = layers if name == "transformer" else convert_state_dict_to_diffusers(layers)
+        settings = model.peft_config["default"].to_dict()
+        found |= {f"{name}_lora_layers": converted, f"{name}_lora_adapter_metadata": settings}
+    return found
+
+
+def lycoris(trained: dict[str, nn.Module], alpha: float) -> dict[str, Tensor]:
+    """The adapters of these parts under kohya's and LyCORIS's names, each layer with its alpha."""
+    found = {}
+    for part, model in trained.items():
+        stem = f"lora_te{'2' if part == 'text_encoder_2' else '1' if 'text_encoder_2' in trained else ''}"
+        stem = stem if part in TEXT_PARTS else "lora_unet"
+        for name, tensor in get_peft_model_state_dict(model).items():
+            module, _, word = name.rpartition(".")
+            module = f"{stem}_{module.replace('.', '_')}"
+            found |= {f"{module}.{word}": tensor.contiguous(), f"{module}.alpha": torch.tensor(float(alpha))}
+    return found
 
 
 def train(
@@ -263,7 +313,8 @@ def train(
     trained += random.sigmas if random else []
     optimizer = torch.optim.AdamW(trained, lr=spec.learning_rate, weight_decay=0.01, fused=True)
     scaler = torch.amp.GradScaler(model.device.type, enabled=spec.precision == "float16")
-    latents, conditions = latent_source(pipeline, images, spec.transform), condition_source(pipeline, captions)
+    latents = latent_source(pipeline, images, spec.transform)
+    conditions = condition_source(pipeline, captions, spec.text_encoder)
     losses = np.zeros(-(-spec.steps_per_image * len(images) // spec.batch_size), np.float32)
     start = _resume(scratch, trained, optimizer, scaler, losses)
     model.train()
@@ -291,7 +342,8 @@ def train(
         if time.monotonic() - saved > SAVE_EVERY:
             _save(scratch, trained, optimizer, scaler, losses, step + 1)
             saved = time.monotonic()
-    model.requires_grad_(False).eval()
+    for part in trained_parts(pipeline, spec).values():
+        part.requires_grad_(False).eval()
     return losses, random.named() if random else {}
 
 
@@ -432,13 +484,14 @@ def _class_loss(pipeline: DiffusionPipeline, spec: FineTune, scratch: Path) -> C
         torch.save(torch.cat(found), part := scratch / "class.pt.part")
         os.replace(part, kept)
     known = torch.load(kept, weights_only=True)
-    condition = encode(pipeline, prior.caption)
+    conditions = condition_source(pipeline, [prior.caption], spec.text_encoder)
 
     def loss(n: int) -> Tensor:
         x0 = known[torch.randint(len(known), (n,))].to(pipeline.vae.device)
         t = torch.randint(schedule.levels, (n,)).to(x0.device)
         eps = torch.randn(x0.shape).to(x0)
         with torch.autocast(model.device.type, PRECISIONS[spec.precision], enabled=spec.precision != "float32"):
+            condition = conditions(torch.zeros(n, dtype=torch.int64))
             predicted = denoise(model, schedule.add(x0, eps, t), schedule.timestep(t), condition)
         return prior.weight * F.mse_loss(predicted, schedule.target(x0, eps, t))
 
@@ -452,29 +505,57 @@ def _guided(pipeline: DiffusionPipeline, scale: float) -> dict[str, object]:
     return {"guidance_scale": scale}
 
 
-def condition_source(pipeline: DiffusionPipeline, captions: Sequence[str]):
-    """A function from image numbers [b] to the encoded captions of these images; each caption is encoded once."""
+def condition_source(pipeline: DiffusionPipeline, captions: Sequence[str], learning: bool = False):
+    """A function from image numbers [b] to the encoded captions of these images.
+
+    Each caption is encoded once, or, where text encoders are learning, anew each time.
+    """
     different = list(dict.fromkeys(captions))
-    encoded = [encode(pipeline, caption) for caption in different]
-    if len(encoded) == 1:
-        return lambda chosen: encoded[0]
-    all_of_them = functools.reduce(Condition.followed_by, encoded)
     row_of = torch.tensor([different.index(caption) for caption in captions])
-    return lambda chosen: all_of_them.rows(row_of[chosen])
+
+    def encoded(numbers: Sequence[int]) -> Condition:
+        each = [encode(pipeline, different[number], learning) for number in numbers]
+        return functools.reduce(Condition.followed_by, each)
+
+    if not learning:
+        known = encoded(range(len(different)))
+        return lambda chosen: known if len(different) == 1 else known.rows(row_of[chosen])
+
+    def learned(chosen: Tensor) -> Condition:
+        numbers, rows = row_of[chosen].unique(return_inverse=True)
+        return encoded(numbers.tolist()).rows(rows)
+
+    return learned
+
+
+def trained_parts(pipeline: DiffusionPipeline, spec: FineTune) -> dict[str, nn.Module]:
+    """The parts of a pipeline that a fine-tuning changes, by name: the network, and text encoders if they are to learn."""
+    found = {network_name(pipeline): network(pipeline)}
+    return found | {
+        name: part for name in TEXT_PARTS if spec.text_encoder and (part := getattr(pipeline, name, None)) is not None
+    }
 
 
 def trained_parameters(pipeline: DiffusionPipeline, spec: FineTune) -> list[Tensor]:
-    """Switch on what the method trains: every weight of the network, or a fresh adapter on all attention projections."""
-    model = network(pipeline)
-    if spec.method == "lora":
-        torch.manual_seed(spec.seed)
-        layers = LORA_LAYERS[network_name(pipeline)]
-        model.add_adapter(
-            LoraConfig(r=spec.rank, lora_alpha=spec.alpha, init_lora_weights="gaussian", target_modules=layers)
-        )
-    else:
-        model.requires_grad_(True)
-    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+    """Switch on what the method trains: every weight of the parts, or fresh adapters on all of their attention's."""
+    found = trained_parts(pipeline, spec)
+    torch.manual_seed(spec.seed)
+    for name, part in found.items():
+        if spec.method == "lora":
+            part.add_adapter(adapter_config(spec, LORA_LAYERS.get(name, TEXT_LAYERS)))
+        else:
+            part.requires_grad_(True)
+    return [weight for part in found.values() for weight in part.parameters() if weight.requires_grad]
+
+
+def adapter_config(spec: FineTune, layers: list[str]) -> PeftConfig:
+    """peft's settings for a fresh adapter on these layers."""
+    if spec.adapter == "loha":
+        return LoHaConfig(r=spec.rank, alpha=spec.alpha, target_modules=layers)
+    options = {"use_dora": True} if spec.adapter == "dora" else {}
+    return LoraConfig(
+        r=spec.rank, lora_alpha=spec.alpha, init_lora_weights="gaussian", target_modules=layers, **options
+    )
 
 
 def latent_source(pipeline: DiffusionPipeline, images: Tensor, named: str):

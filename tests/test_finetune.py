@@ -222,7 +222,9 @@ def lora_values(weights: dict) -> dict:
 
 def test_captions_are_encoded_once_each_and_given_by_image(tiny_pipeline, monkeypatch):
     asked, real = [], finetune.encode
-    monkeypatch.setattr(finetune, "encode", lambda pipeline, caption: asked.append(caption) or real(pipeline, caption))
+    monkeypatch.setattr(
+        finetune, "encode", lambda pipeline, caption, _: asked.append(caption) or real(pipeline, caption)
+    )
     given = finetune.condition_source(tiny_pipeline, ["b", "a", "b", "c"])
     assert asked == ["b", "a", "c"]
     rows = given(torch.tensor([3, 0, 1, 2, 0])).text
@@ -883,6 +885,121 @@ def test_a_protection_is_part_of_the_address_and_none_leaves_it_as_it_was(spec):
     assert "protection" not in results._asked(plain)["spec"]["fields"]
 
 
+# other adapters, and text encoders that learn too
+
+RELATIVES = [
+    ("dreambooth", {"text_encoder": True}),
+    ("lora", {"text_encoder": True}),
+    ("lora", {"adapter": "dora"}),
+    ("lora", {"adapter": "loha"}),
+    ("lora", {"adapter": "dora", "text_encoder": True}),
+    ("lora", {"adapter": "loha", "text_encoder": True}),
+]
+
+
+@pytest.mark.parametrize("captions", [["a dog"] * 4, ["a dog", "a cat", "a cat", "a dog"]], ids=["one", "two"])
+def test_a_text_encoder_learns_by_the_same_adamw_as_the_network(spec, fresh64, pictures, tmp_path, captions):
+    """Every one of its weights, and both in the same clipping of gradients."""
+    asked = spec("dreambooth", steps_per_image=1, text_encoder=True)
+    twin, pipeline, before = fresh64(), fresh64(), fresh64().text_encoder.state_dict()
+    values = {name: value.detach().clone() for name, value in twin.unet.named_parameters()}
+    values |= {f"text:{name}": value.detach().clone() for name, value in twin.text_encoder.named_parameters()}
+    tokens = twin.tokenizer(captions, padding="max_length", return_tensors="pt").input_ids
+
+    def loss_at(asked_values, step):
+        of_text = {n.removeprefix("text:"): v for n, v in asked_values.items() if n.startswith("text:")}
+        text = functional_call(twin.text_encoder, of_text, (tokens,))[0]
+        of_network = {name: value for name, value in asked_values.items() if not name.startswith("text:")}
+        return twin_loss(twin, of_network, pictures, text, asked, step)
+
+    expected = twin_descent(values, loss_at, asked, steps=2)
+    losses, _ = finetune.train(pipeline, pictures, captions, asked, tmp_path)
+    assert np.allclose(losses, expected, rtol=1e-6, atol=0)
+    found = pipeline.unet.state_dict() | {f"text:{n}": v for n, v in pipeline.text_encoder.state_dict().items()}
+    for name, value in values.items():
+        assert torch.allclose(found[name], value, rtol=0, atol=1e-9), name
+    moved = [name for name in before if not torch.equal(found[f"text:{name}"], before[name])]
+    assert set(moved) == {name for name, _ in pipeline.text_encoder.named_parameters()}
+
+
+@pytest.mark.parametrize("kind", ["sd1", "sdxl"])
+@pytest.mark.parametrize(("method", "options"), RELATIVES, ids=[f"{m} {list(o.values())}" for m, o in RELATIVES])
+def test_what_others_publish_predicts_from_disk_what_was_trained(spec, runs, pictures, tmp_path, kind, method, options):
+    """Networks and text encoders, alpha 6 at rank 2 included; theta stays as it was, its text encoders too."""
+    base = str(tiny.save(kind, tmp_path / kind))
+    asked, pipeline, untouched = spec(method, base=base, learning_rate=2e-2, **options), *map(load_pipeline, [base] * 2)
+    (tmp_path / "scratch").mkdir()
+    finetune.train(pipeline, pictures, ["a dog"] * 4, asked, tmp_path / "scratch")
+    pair = load_tuned(asked)
+    x, t = torch.randn(2, 4, 4, 4, generator=torch.Generator().manual_seed(0)), torch.tensor(300)
+    with torch.no_grad():
+        for model, twin in (("tuned", pipeline), ("base", untouched)):
+            told, text = pair.condition(model, "a dog"), encode(twin, "a dog")
+            assert torch.allclose(told.text, text.text, atol=1e-5)
+            assert torch.allclose(pair.predict(model, x, t, told), denoise(network(twin), x, t, text), atol=1e-4)
+        learned = [pair.condition(model, "a dog").text for model in ("base", "tuned")]
+        found = [pair.predict(model, x, t, pair.condition("base", "a dog")) for model in ("base", "tuned")]
+    assert (found[0] - found[1]).abs().max() > 1e-3
+    assert ((learned[0] - learned[1]).abs().max() > 1e-3) == ("text_encoder" in options)
+
+
+def test_a_loha_is_in_lycoris_layout_and_is_the_product_of_two_of_its_rank(spec, runs, fresh, pictures, tmp_path):
+    asked = spec("lora", adapter="loha", learning_rate=2e-2)
+    tensors, before = load_file(results.complete(asked) / LORA_FILE), fresh().unet
+    after = load_tuned(asked).tuned.unet
+    names = [name.removesuffix(".alpha") for name in tensors if name.endswith(".alpha")]
+    assert len(names) == len([n for n, _ in before.named_modules() if n.endswith(PROJECTIONS)])
+    for path, module in before.named_modules():
+        if path.endswith(PROJECTIONS):
+            parts = [tensors[f"lora_unet_{path.replace('.', '_')}.hada_w{i}_{ab}"] for i in (1, 2) for ab in "ab"]
+            added = (parts[0] @ parts[1]) * (parts[2] @ parts[3]) * 6 / 2
+            assert torch.allclose(after.get_submodule(path).weight, module.weight + added, atol=1e-6)
+            assert added.abs().max() > 1e-6
+            assert tensors[f"lora_unet_{path.replace('.', '_')}.alpha"] == 6
+
+
+@pytest.mark.parametrize("method", finetune.METHODS)
+def test_learning_text_encoders_go_on_where_they_were_killed(spec, fresh, pictures, tmp_path, monkeypatch, method):
+    asked, real, found = spec(method, text_encoder=True), finetune.tqdm, []
+
+    def run(scratch: str):
+        (tmp_path / scratch).mkdir(exist_ok=True)
+        pipeline = fresh()
+        pipeline.text_encoder = copy.deepcopy(pipeline.text_encoder)
+        finetune.train(pipeline, pictures, ["a dog"] * 4, asked, tmp_path / scratch)
+        return pipeline.unet.state_dict() | {f"text:{n}": v for n, v in pipeline.text_encoder.state_dict().items()}
+
+    def until_killed(steps, *_, **__):
+        for step in steps:
+            if step == 4:
+                raise KeyboardInterrupt
+            yield step
+
+    found.append(run("whole"))
+    monkeypatch.setattr(finetune, "SAVE_EVERY", -1.0)
+    monkeypatch.setattr(finetune, "tqdm", until_killed)
+    with pytest.raises(KeyboardInterrupt):
+        run("killed")
+    monkeypatch.setattr(finetune, "tqdm", real)
+    found.append(run("killed"))
+    assert equal(*found)
+
+
+def test_what_came_later_leaves_older_addresses_as_they_were(spec):
+    plain = spec("lora")
+    assert not {"adapter", "text_encoder"} & set(results._asked(plain)["spec"]["fields"])
+    changed = [plain, replace(plain, adapter="dora"), replace(plain, adapter="loha"), replace(plain, text_encoder=True)]
+    assert len({results.digest(each) for each in changed}) == 4
+
+
+@pytest.mark.parametrize("kind", ["alt", "sd3", "flux"])
+def test_text_encoders_that_are_not_fine_tuned_are_named_before_any_work(spec, runs, tmp_path, kind):
+    asked = spec("lora", base=str(tiny.save(kind, tmp_path / kind)), text_encoder=True)
+    with pytest.raises(ValueError, match=r"the text encoders of .* are not fine-tuned here: leave text_encoder out"):
+        results.run([asked])
+    assert not runs.exists()
+
+
 # addresses and refusals
 
 
@@ -940,6 +1057,9 @@ def test_the_digest_follows_the_caption_that_a_shipped_item_brings_along(spec, m
         ("lora", {"seed": -1}, "seed -1 must be at least 0"),
         ("lora", {"learning_rate": float("nan")}, "learning_rate nan between 0 and 1"),
         ("lora", {"precision": "fp16"}, "unknown precision 'fp16': choose from float32, bfloat16, float16"),
+        ("lora", {"adapter": "lokr"}, "unknown adapter 'lokr': choose from lora, dora, loha"),
+        ("dreambooth", {"adapter": "dora"}, "the adapter dora takes the place of a LoRA without random weights"),
+        ("lora", {"adapter": "loha", "protection": Bayesian()}, "the adapter loha takes the place of a LoRA without"),
         ("lora", {"training": ()}, "training is empty: name at least one TrainingItem"),
         ("lora", {"training": "style/mimooh"}, "training 'style/mimooh' must be a tuple of TrainingItem"),
         ("lora", {"training": TrainingItem("style/mimooh")}, "must be a tuple of TrainingItem"),
