@@ -15,8 +15,8 @@ import nbformat
 import papermill
 import yaml
 
-from fx import kernel
-from fx.paths import NOTEBOOKS
+from fx import kernel, summary
+from fx.paths import NOTEBOOKS, TABLES
 from fx.results import RUNS
 
 DEFAULTS = "quick"  # the profile that the notebooks' own defaults are
@@ -86,7 +86,7 @@ def assignment(text: str) -> tuple[str, object]:
 
 
 def main(words: list[str] | None = None) -> None:
-    """Check every notebook's parameters, then run them one after the other; a failure stops there."""
+    """Check every notebook's parameters, run them one after the other, and write the summary; a failure stops there."""
     parser = argparse.ArgumentParser("python -m fx.reproduce", description=__doc__.split("\n\n")[0])
     parser.add_argument("notebooks", nargs="*", metavar="NUMBER", help="such as 01 03; default: all but 00")
     parser.add_argument("--profile", default=DEFAULTS, help=f"one of {', '.join(profiles())} (default {DEFAULTS})")
@@ -104,6 +104,8 @@ def main(words: list[str] | None = None) -> None:
             papermill.execute_notebook(notebook, target, values, cwd=str(NOTEBOOKS), log_output=False, **kernel.OPTIONS)
         if options.in_place:
             tidy(target)
+    if (TABLES / options.profile).is_dir():
+        print("\n".join(str(path) for path in summary.write(options.profile)))
 
 
 def tidy(notebook: Path) -> None:

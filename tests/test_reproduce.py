@@ -47,6 +47,7 @@ def notebooks(tmp_path, monkeypatch) -> Path:
     (folder / "params/mini/03-extraction.yaml").write_text("artists: 2\n")
     monkeypatch.setattr(reproduce, "NOTEBOOKS", folder)
     monkeypatch.setattr(reproduce, "RUNS", tmp_path / "runs")
+    monkeypatch.setattr(reproduce, "TABLES", tmp_path / "results")
     return folder
 
 
@@ -187,6 +188,16 @@ def test_main_runs_the_notebooks_in_order_into_the_folder_of_the_profile(noteboo
     assert executed[0][2] == {"artists": 9, "learning_rate": 2.0e-4, "quick": True, "method": "dreambooth"}
     assert executed[1][2] == {"artists": 9, "method": "dreambooth"}
     assert folder.is_dir()
+
+
+def test_main_ends_with_the_summary_of_the_profile_where_there_are_tables(notebooks, executed, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(reproduce.summary, "write", lambda profile: asked.append(profile) or [tmp_path / "summary.md"])
+    reproduce.main(["--profile", "smoke"])
+    assert asked == []
+    (tmp_path / "results" / "smoke").mkdir(parents=True)
+    reproduce.main(["--profile", "smoke"])
+    assert asked == ["smoke"]
 
 
 def test_main_in_place_writes_over_the_notebook_itself_and_tidies_it(notebooks, executed, monkeypatch):
