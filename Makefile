@@ -1,6 +1,9 @@
 # make             set up the environment, then the extraction demo: one artist, three arms, a picture and the scores
 # make test        set up the environment, then the tests, two side by side (more: make test WORKERS=8)
 # make reproduce   set up the environment, then every notebook, by papermill
+# make setup       set up the environment and nothing else
+# make lab         set up the environment, then JupyterLab on the notebooks
+# make site        set up the environment, then the site, in runs/site
 # make lint        set up the environment, then ruff
 # make clean-env   delete the environment (the next command sets it up again)
 #
@@ -14,7 +17,7 @@ PYTHON := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := demo
-.PHONY: demo test reproduce lint clean-env
+.PHONY: demo test reproduce setup lab site lint clean-env
 
 demo: $(STAMP)
 	$(PYTHON) -m fx.demo
@@ -24,6 +27,14 @@ test: $(STAMP)
 
 reproduce: $(STAMP)
 	$(PYTHON) -m fx.reproduce
+
+setup: $(STAMP)
+
+lab: $(STAMP)
+	$(PYTHON) -m jupyterlab notebooks
+
+site: $(STAMP)
+	$(PYTHON) -m fx.site
 
 lint: $(STAMP)
 	$(PYTHON) -m ruff check .

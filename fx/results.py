@@ -98,6 +98,21 @@ def inputs(spec) -> dict[str, str]:
     return {}
 
 
+@functools.singledispatch
+def parts(spec) -> list[tuple]:
+    """What of a step can be done beforehand, by several workers at once: arguments for `perform_part`; [] otherwise."""
+    return []
+
+
+@functools.singledispatch
+def perform_part(spec, *part) -> None:
+    """Do one of the `parts` of a step, into `scratch(spec)`, from where `perform` takes it; twice is no harm.
+
+    Registered per dataclass together with `parts`. Each file must be written whole or not at all.
+    """
+    raise TypeError(f"nothing is known about how to do a part of a {type(spec).__name__}")
+
+
 # Addresses
 
 
@@ -499,14 +514,15 @@ def run(specs: Iterable, client=None, description: str = "steps") -> pd.DataFram
     different classes stand in the same place, a column with the name of that place tells the kinds apart ("kind" for
     the specs themselves). Equal specs are computed once and have a row each.
 
-    client: a dask.distributed.Client whose workers see the same RUNS folder; without one the steps are done here, one
-        by one. Workers that need the same unfinished nested step wait for one another: run the shared steps first.
+    client: a dask.distributed.Client whose workers see the same RUNS folder; None for the one that `connect` has set;
+        without any the steps are done here, one by one. On workers, nested steps are done before what needs them, each once,
+        and large steps in `parts`; a worker that is lost costs what it was doing.
     description: what stands before the progress bar.
 
     Raises TypeError or OSError before any work if a spec is no spec, has no registered function, or RUNS cannot be
     written. If steps fail, all others are still finished; then RuntimeError names the failed ones.
     """
-    specs = list(specs)
+    specs, client = list(specs), client or _connected["client"]
     for spec in specs:
         _require_performable(spec)
     places = [folder(spec) for spec in specs]
@@ -546,16 +562,105 @@ def _complete_here(waiting: dict) -> Iterator[tuple[Path, Exception | None]]:
 
 
 def _complete_on(client, waiting: dict) -> Iterator[tuple[Path, Exception | None]]:
-    """The same on the workers of a dask client, in the order in which they finish; on exit the rest is cancelled."""
+    """The same on the workers of a dask client, in the order in which they finish; on exit the rest is cancelled.
+
+    Every unfinished nested step is a task of its own that comes before what needs it, so that no worker waits for
+    another, and so are the parts of a step.
+    """
     from dask.distributed import as_completed
 
-    futures = dict(zip(client.map(complete, list(waiting.values()), pure=False), waiting, strict=True))
+    tasks: dict = {}
+    options = {"pure": False} | _resources(client)
+    with warnings.catch_warnings():  # the many arguments of a graph are small
+        warnings.filterwarnings("ignore", message="Sending large graph")
+        submitted = {place: _submit(client, spec, tasks, options) for place, spec in waiting.items()}
+    futures = {future: place for place, future in submitted.items() if future is not None}
     try:
+        for place in submitted.keys() - futures.values():  # finished by somebody else in between
+            yield place, None
         for future in as_completed(futures):
             place = futures[future]
             yield place, future.exception() or _misplaced(place, future.result())
     finally:
-        client.cancel(list(futures))
+        client.cancel([*futures, *(task for task in tasks.values() if task is not None and task not in futures)])
+
+
+def _submit(client, spec, tasks: dict, options: dict):
+    """The future of a step, after those of what it needs; None if it is finished. tasks: address -> future, so far."""
+    asked = _asked(spec)
+    place = place_of(asked)
+    if place not in tasks:
+        tasks[place] = None
+        if fault_in(place, asked):
+            before = [_submit(client, inner, tasks, options) for inner in nested_steps(spec)]
+            before = [future for future in before if future is not None]
+            if shares := parts(spec):
+                before = [client.submit(_after, before, "part", spec, *share, **options) for share in shares]
+            tasks[place] = client.submit(_after, before, "whole", spec, **options)
+    return tasks[place]
+
+
+def _after(before: list, what: str, spec, *share) -> Path | None:
+    """On a worker: a step or a part of it, once what it needs is there."""
+    if what == "whole":
+        return complete(spec)
+    asked = _asked(spec)
+    if fault_in(place_of(asked), asked):
+        try:
+            perform_part(spec, *share)
+        except OSError:  # its scratch was removed by somebody who has finished the step meanwhile
+            if fault_in(place_of(asked), asked):
+                raise
+    return None
+
+
+def nested_steps(spec) -> list:
+    """The steps that a spec holds directly, in order, each once."""
+    inside = _walk(spec, enter=lambda node: node is spec or not _is_step(node))
+    return list(dict.fromkeys(node for _, node in inside if node is not spec and _is_step(node)))
+
+
+def _resources(client) -> dict[str, dict[str, int]]:
+    """One GPU for each task where workers offer any as a dask resource."""
+    workers = client.scheduler_info(n_workers=-1)["workers"].values()
+    return {"resources": {"GPU": 1}} if any(worker.get("resources", {}).get("GPU") for worker in workers) else {}
+
+
+_connected: dict = {"client": None}
+
+
+def connect(scheduler: str) -> None:
+    """Let every later `run` of this process use a dask cluster; "" for none, steps are then done here.
+
+    scheduler: "local:4" for four worker processes on this machine, one thread each; the address of a scheduler
+    ("tcp://host:8786"); or the path of a scheduler file (*.json). ValueError for anything else, and where dask is not
+    installed; OSError if no scheduler answers.
+    """
+    if (old := _connected["client"]) is not None:
+        _connected["client"] = None
+        old.close()
+    if not scheduler:
+        return
+    kind, _, rest = scheduler.partition(":")
+    if not (kind == "local" and rest.isdecimal() and int(rest) > 0) and "://" not in scheduler:
+        if not scheduler.endswith(".json"):
+            raise ValueError(
+                f'scheduler {scheduler!r}: "" for none, "local:4" for four processes here, an address such as '
+                '"tcp://host:8786", or a scheduler file (*.json)'
+            )
+        if not Path(scheduler).is_file():
+            raise ValueError(f"there is no scheduler file {scheduler}: start dask with --scheduler-file {scheduler}")
+    try:
+        from dask.distributed import Client, LocalCluster
+    except ImportError as error:
+        raise ValueError("a scheduler needs dask: pip install -e .[cluster]") from error
+    if kind == "local":
+        cluster = LocalCluster(n_workers=int(rest), threads_per_worker=1, dashboard_address=":0")
+        client = Client(cluster)
+    else:
+        client = Client(scheduler_file=scheduler) if scheduler.endswith(".json") else Client(scheduler, timeout=10)
+    print(f"{len(client.scheduler_info(n_workers=-1)['workers'])} workers, dashboard {client.dashboard_link}")
+    _connected["client"] = client
 
 
 def _misplaced(place: Path, finished: Path) -> Exception | None:

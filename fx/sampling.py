@@ -28,6 +28,7 @@ from fx.finetune import FineTune
 from fx.models import PRECISIONS, ModelPair, check_fits
 from fx.tuned import Checkpoint, load_tuned, own_caption
 
+SHARE = 50  # images of one part of a Generate, where several workers are at work on it
 BLOCK = 10  # images that a Generate samples at a time: the last bits of a prediction depend on the size of its batch
 Predict = Callable[[Tensor, Tensor], Tensor]  # (x_t, t) -> prediction, both [n, c, h, w]
 Scale = float | Sequence[float] | Callable[[float], float]  # a number, one per step, or a function of the timestep
@@ -127,15 +128,36 @@ def _(spec: Generate, folder: Path) -> None:
     """
     scratch = results.scratch(spec)
     _take_over(spec, scratch)
-    starts = [
-        first
-        for first in range(0, spec.n_generated, BLOCK)
-        if any(not picture_file(scratch, i).exists() for i in range(first, min(first + BLOCK, spec.n_generated)))
-    ]
-    if starts:
+    if starts := _missing(spec, scratch, 0, spec.n_generated):
         _sample_blocks(spec, starts, scratch)
     for number in range(spec.n_generated):
         os.replace(picture_file(scratch, number), picture_file(folder, number))
+
+
+@results.parts.register
+def _(spec: Generate) -> list[tuple[int, int]]:
+    """Ranges of SHARE images, (first, end), where there are more than that."""
+    if spec.n_generated <= SHARE:
+        return []
+    return [(first, min(first + SHARE, spec.n_generated)) for first in range(0, spec.n_generated, SHARE)]
+
+
+@results.perform_part.register
+def _(spec: Generate, first: int, end: int) -> None:
+    """Sample the images from `first` to before `end` that are not there yet."""
+    scratch = results.scratch(spec)
+    _take_over(spec, scratch)
+    if starts := _missing(spec, scratch, first, end):
+        _sample_blocks(spec, starts, scratch)
+
+
+def _missing(spec: Generate, scratch: Path, first: int, end: int) -> list[int]:
+    """Where blocks begin of which images from `first` (a multiple of BLOCK) to before `end` are missing in `scratch`."""
+    return [
+        start
+        for start in range(first, end, BLOCK)
+        if any(not picture_file(scratch, i).exists() for i in range(start, min(start + BLOCK, spec.n_generated)))
+    ]
 
 
 def _sample_blocks(spec: Generate, starts: list[int], scratch: Path) -> None:
@@ -161,7 +183,7 @@ def _take_over(spec: Generate, scratch: Path) -> None:
                 try:
                     os.link(file, target)
                 except OSError:
-                    shutil.copyfile(file, part := target.with_suffix(".part"))
+                    shutil.copyfile(file, part := target.with_suffix(f".part-{os.getpid()}"))
                     part.rename(target)
 
 
@@ -172,7 +194,7 @@ def picture_file(folder: Path, number: int) -> Path:
 
 def save_picture(path: Path, pixels: np.ndarray) -> None:
     """Write one image uint8 [h, w, 3] without loss, whole or not at all."""
-    Image.fromarray(pixels).save(part := path.with_suffix(".part"), format="PNG")
+    Image.fromarray(pixels).save(part := path.with_suffix(f".part-{os.getpid()}"), format="PNG")
     part.rename(path)
 
 

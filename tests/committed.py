@@ -64,6 +64,7 @@ NOT_YET = {
     "table03",
     "table03-differences",
     "table05",
+    "table05-differences",
     "table08",
     "table08-controls",
     "table08-differences",
@@ -72,6 +73,7 @@ NOT_YET = {
     "table09-differences",
     "table10-source",
     "table11",
+    "table11-differences",
 }
 
 # methods that change what they belong to

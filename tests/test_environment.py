@@ -5,6 +5,7 @@ for a whole one.
 """
 
 import ast
+import json
 import os
 import re
 import shutil
@@ -146,7 +147,9 @@ def test_the_running_environment_is_the_pinned_one():
 
 def test_everything_imported_is_declared():
     ranges, owners = declared(PROJECT), metadata.packages_distributions()
-    local = {"fx", "tests", "conftest"} | {path.stem for path in (ROOT / "tests").glob("*.py")}
+    local = {"fx", "tests", "conftest"} | {
+        path.stem for name in ("tests", "docs") for path in (ROOT / name).glob("*.py")
+    }
     local |= {"ldm", "open_clip", "lycoris"}  # of the make.py of fixtures alone, which say how they are installed
     for module in sorted((imported(ROOT / "fx") | imported(ROOT / "tests")) - local):
         owner = {canonicalize_name(name) for name in owners.get(module, [])}
@@ -271,6 +274,9 @@ def test_make_installs_once_and_later_commands_reuse_it(make):
     assert make("test") == (0, [TEST])
     assert make("test", "WORKERS=3") == (0, [TEST.replace("2", "3")])
     assert make("reproduce") == (0, ["-m fx.reproduce"])
+    assert make("lab") == (0, ["-m jupyterlab notebooks"])
+    assert make("site") == (0, ["-m fx.site"])
+    assert make("setup") == (0, [])
 
 
 @pytest.mark.parametrize("name", ["requirements.txt", "pyproject.toml"])
@@ -301,3 +307,44 @@ def test_clean_env_removes_the_environment_only(make, tmp_path):
     assert make("clean-env")[0] == 0
     assert not (tmp_path / ".venv").exists()
     assert (tmp_path / "requirements.txt").exists()
+
+
+def docker_steps() -> list[tuple[str, str]]:
+    """The instructions of the Dockerfile, (word, rest) each."""
+    text = (ROOT / ".devcontainer/Dockerfile").read_text().replace("\\\n", " ")
+    lines = [line for line in text.splitlines() if line.strip() and not line.startswith("#")]
+    return [tuple(line.split(" ", 1)) for line in lines]
+
+
+def test_the_steps_of_the_dockerfile_set_up_the_environment_in_a_clean_folder(make, tmp_path):
+    """With an interpreter that only writes down what it is asked; no image was built, there is no Docker here.
+
+    What is copied before the installation must be all that it reads.
+    """
+    folder, steps = tmp_path / "clean", docker_steps()
+    folder.mkdir()
+    until = next(i for i, (word, rest) in enumerate(steps) if word == "RUN" and rest.startswith("make"))
+    for word, rest in steps[:until]:
+        if word == "COPY":
+            *names, target = rest.split()
+            for name in names:
+                copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
+                copy(ROOT / name, folder / target / ("" if copy is shutil.copytree else name))
+    project = tomllib.loads((folder / "pyproject.toml").read_text())["project"]
+    for name in (project["readme"], *project["license-files"], "fx/__init__.py"):
+        assert (folder / name).is_file(), f"pip install -e . reads {name}"
+    status, calls = make("-C", str(folder), steps[until][1].removeprefix("make "))
+    assert status == 0
+    assert calls[-2:] == INSTALL
+    command = ast.literal_eval(steps[-1][1])
+    assert (steps[-1][0], command[:4]) == ("CMD", [".venv/bin/python", "-m", "jupyterlab", "notebooks"])
+    assert (folder / command[0]).is_file()
+
+
+def test_the_containers_have_the_oldest_python_of_pyproject_and_call_targets_that_there_are():
+    container = json.loads((ROOT / ".devcontainer/devcontainer.json").read_text())
+    images = [container["image"], next(rest for word, rest in docker_steps() if word == "FROM")]
+    oldest = tomllib.loads(PROJECT)["project"]["requires-python"].removeprefix(">=")
+    assert all(image.startswith(f"python:{oldest}-") for image in images)
+    targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert container["onCreateCommand"].removeprefix("make ") in targets

@@ -1144,6 +1144,79 @@ def test_a_dask_client_gives_the_same_rows(client, tmp_path, monkeypatch):
     pd.testing.assert_frame_equal(results.run(specs), table)
 
 
+def test_on_workers_nested_steps_are_tasks_of_their_own_that_come_first(client, monkeypatch):
+    """Each once, before what needs it, however many specs hold it; a finished one is no task."""
+    results.complete(Square(0))
+    submitted, submit = [], client.submit
+
+    def noted(function, before, what, spec, *share, **options):
+        assert all(future.key in [f.key for _, f in submitted] for future in before)
+        submitted.append((spec, future := submit(function, before, what, spec, *share, **options)))
+        return future
+
+    monkeypatch.setattr(client, "submit", noted)
+    specs = [Mean((Square(1), Square(0))), Mean((Square(1), Square(2))), Square(2)]
+    results.run(specs, client=client)
+    assert [spec for spec, _ in submitted] == [Square(1), specs[0], Square(2), specs[1]]
+    assert calls() == {"square 0": 1, "square 1": 1, "square 2": 1, "mean": 2}
+
+
+def test_parts_of_a_step_are_done_by_workers_before_the_step(client, monkeypatch):
+    done = []
+    monkeypatch.setattr(results, "parts", lambda spec: [(0, 2), (2, 4)] if spec == Square(4) else [])
+    monkeypatch.setattr(results, "perform_part", lambda spec, *share: done.append((spec, share)))
+    table = results.run([Square(4), Square(5)], client=client)
+    assert sorted(done, key=str) == [(Square(4), (0, 2)), (Square(4), (2, 4))]
+    assert table.number.tolist() == [4, 5]
+
+
+def test_a_part_whose_scratch_is_gone_is_no_error_if_the_step_is_finished(monkeypatch):
+    def gone(spec, *share):
+        raise FileNotFoundError("its scratch")
+
+    monkeypatch.setattr(results, "perform_part", gone)
+    with pytest.raises(FileNotFoundError, match="its scratch"):
+        results._after([], "part", Square(1), 0, 2)
+    monkeypatch.setattr(results, "perform_part", lambda spec, *share: results.complete(spec) and gone(spec))
+    assert results._after([], "part", Square(1), 0, 2) is None
+
+
+def test_steps_ask_for_a_gpu_where_workers_offer_one():
+    def client(*offers):
+        workers = {str(n): {"resources": offer} for n, offer in enumerate(offers)}
+        return SimpleNamespace(scheduler_info=lambda n_workers: {"workers": workers})
+
+    assert results._resources(client({}, {"GPU": 2})) == {"resources": {"GPU": 1}}
+    assert results._resources(client({}, {"memory": 2})) == {}
+
+
+def test_a_connected_cluster_is_used_by_every_run_until_it_is_let_go(client, monkeypatch):
+    used = []
+    monkeypatch.setitem(results._connected, "client", client)
+    monkeypatch.setattr(client, "close", lambda: used.append("closed"))
+    complete_on = results._complete_on
+    monkeypatch.setattr(results, "_complete_on", lambda c, waiting: used.append(c is client) or complete_on(c, waiting))
+    results.run([Square(7)])
+    results.connect("")
+    assert used == [True, "closed"]
+    results.run([Square(8)])
+    assert used == [True, "closed"]
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "message"),
+    [
+        ("local", "for none, .local:4. for four processes here, an address such as"),
+        ("local:0", "for none, .local:4. for four processes here"),
+        ("somewhere", "for none, .local:4."),
+        ("gone.json", "there is no scheduler file gone.json: start dask with --scheduler-file gone.json"),
+    ],
+)
+def test_a_scheduler_that_is_none_is_named_with_the_ways_out(scheduler, message):
+    with pytest.raises(ValueError, match=message):
+        results.connect(scheduler)
+
+
 def test_a_dask_client_lets_others_finish_and_names_the_failed_ones(client):
     specs = [Faulty("raises"), Square(1), Square(2)]
     for attempt in (1, 2):

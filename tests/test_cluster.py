@@ -1,0 +1,91 @@
+"""A cluster of three processes of which one is killed: the same table and the same images, byte by byte, as done here."""
+
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+
+from fx import results, sampling
+from fx.evaluation import Score
+from fx.extraction import Extract
+from fx.finetune import FineTune, TrainingItem
+from fx.sampling import Generate
+
+distributed = pytest.importorskip("dask.distributed")
+N = 110  # two whole parts and a piece
+
+
+def specs(base: Path, pictures: Path) -> list[Score]:
+    """Two arms of one fine-tuned model, which they share, and a second model."""
+    models = [
+        FineTune((TrainingItem(str(pictures), "a dog"),), base=str(base), steps_per_image=steps, batch_size=2)
+        for steps in (40, 20)
+    ]
+    plan = [(models[0], "direct", 1.0), (models[0], "cfg", 3.0), (models[1], "finextract", 3.0)]
+    generated = [Generate(model, arm, w, n_generated=N, steps=4) for model, arm, w in plan]
+    return [Score(Extract(images, 4), judge="") for images in generated]
+
+
+def kept(runs: Path) -> dict[str, bytes]:
+    """Every file of every finished step but the manifests, which tell the time."""
+    files = [
+        file for file in runs.glob("*/*/*") if file.is_file() and file.parent.parent.name not in ("locks", "hashes")
+    ]
+    return {file.relative_to(runs).as_posix(): file.read_bytes() for file in files if file.name != results.MANIFEST}
+
+
+@pytest.mark.long
+def test_a_cluster_that_loses_a_worker_computes_what_one_process_does(tiny_sd, picture_folder, tmp_path, monkeypatch):
+    asked, threads = specs(tiny_sd, picture_folder), torch.get_num_threads()
+    monkeypatch.setattr(results, "RUNS", alone := tmp_path / "alone")
+    torch.set_num_threads(1)
+    here = results.run(asked)
+    torch.set_num_threads(threads)
+    monkeypatch.setattr(results, "RUNS", shared := tmp_path / "shared")
+    monkeypatch.setenv("FX_RUNS", str(shared))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    killed = []
+
+    def kill_one(pids: list[int]) -> None:
+        """As soon as an image is there, the worker that has one of them in hand, or another."""
+        while not list(shared.glob("scratch/*/*.png")):
+            time.sleep(0.01)
+        os.kill(pids[0], signal.SIGKILL)
+        killed.append(pids[0])
+
+    with (
+        distributed.LocalCluster(n_workers=3, threads_per_worker=1, dashboard_address=None) as cluster,
+        distributed.Client(cluster) as client,
+    ):
+        pids = list(client.run(os.getpid).values())
+        assassin = threading.Thread(target=kill_one, args=(pids,), daemon=True)
+        assassin.start()
+        there = results.run(asked, client=client)
+        assassin.join(10)
+    assert killed
+    pd.testing.assert_frame_equal(there, here)
+    assert kept(shared) == kept(alone)
+    assert not list(shared.glob("*/*.set-aside-*"))
+    assert not [path for path in shared.glob("scratch/*") if any(path.iterdir())]
+
+
+def test_a_large_generation_is_shared_out_in_parts_that_fit_together(tiny_sd, picture_folder, runs):
+    model = specs(tiny_sd, picture_folder)[0].extract.generate.model
+    asked = Generate(model, "direct", 1.0, n_generated=N, steps=2)
+    shares = results.parts(asked)
+    assert shares == [(0, 50), (50, 100), (100, 110)]
+    assert results.parts(Generate(model, "direct", 1.0, n_generated=50, steps=2)) == []
+    for share in reversed(shares):
+        results.perform_part(asked, *share)
+    sampled = sorted(file.name for file in results.scratch(asked).iterdir())
+    assert sampled == [sampling.picture_file(Path(), number).name for number in range(N)]
+    before = {name: (results.scratch(asked) / name).stat().st_mtime_ns for name in sampled}
+    results.perform_part(asked, *shares[0])  # twice is no harm
+    assert {name: (results.scratch(asked) / name).stat().st_mtime_ns for name in sampled} == before
+    folder = results.complete(asked)
+    assert len(list(folder.glob("*.png"))) == N
