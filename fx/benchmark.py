@@ -22,7 +22,7 @@ import torch
 from diffusers.utils import convert_state_dict_to_diffusers
 from peft import LoraConfig, get_peft_model_state_dict
 
-from fx import settings
+from fx import command, settings
 from fx.datasets import load_images, names
 from fx.families import image_size
 from fx.finetune import LORA_LAYERS, METHODS, TrainingItem, load_training, train
@@ -142,7 +142,4 @@ def ratios(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, FileNotFoundError) as error:
-        sys.exit(f"fx.benchmark: {error}")
+    command.run("fx.benchmark", main)

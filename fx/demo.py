@@ -8,10 +8,9 @@ A typical artist and a typical object of the shipped sets, one of them by LoRA i
 """
 
 import argparse
-import sys
 from pathlib import Path
 
-from fx import plots, results, settings, tables
+from fx import command, plots, results, settings, tables
 from fx.datasets import load_images, load_item, to_uint8
 from fx.evaluation import Score, image_side, read_matches, scored_images, thresholds
 from fx.finetune import METHODS, TrainingItem
@@ -112,7 +111,4 @@ def comparison(asked: list[Score]) -> plots.Figure:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, FileNotFoundError) as error:
-        sys.exit(f"fx.demo: {error}")
+    command.run("fx.demo", main)

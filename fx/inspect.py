@@ -21,7 +21,7 @@ from peft.tuners.lora import LoraLayer
 from safetensors import safe_open
 from torch import nn
 
-from fx import adapters, checkpoints
+from fx import adapters, checkpoints, command
 from fx.checkpoints import Metadata
 from fx.families import TEXT_PARTS, network_name
 from fx.models import ModelPair, load_pair
@@ -464,4 +464,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command.run("fx.inspect", main)

@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
-from fx import demo, results, settings, tables
+from fx import command, demo, results, settings, tables
 from fx.cliques import largest_cliques
 from fx.datasets import load_images, to_uint8
 from fx.evaluation import Score, image_side, read_matches, scored_images
@@ -116,4 +116,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command.run("fx.play", main)

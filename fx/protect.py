@@ -9,7 +9,6 @@ Interrupted and called again, the same command goes on with the images that are 
 import argparse
 import json
 import os
-import sys
 import zlib
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 from tqdm import tqdm
 
+from fx import command
 from fx.datasets import load_item, open_image
 from fx.defenses import PERTURBATIONS, check_perturbation, perturb
 from fx.families import check_caption, image_size, noising, size_factor
@@ -153,9 +153,4 @@ def main(words: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, OSError) as error:
-        sys.exit(f"fx.protect: {error}")
-    except KeyboardInterrupt:
-        sys.exit("fx.protect: interrupted; finished images are kept, and the same command goes on from there")
+    command.run("fx.protect", main)

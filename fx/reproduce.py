@@ -8,14 +8,13 @@ python -m fx.reproduce 03 -p artists=5 -p change="sampling_steps=25"
 import argparse
 import ast
 import re
-import sys
 from pathlib import Path
 
 import nbformat
 import papermill
 import yaml
 
-from fx import kernel, summary
+from fx import command, kernel, summary
 from fx.paths import NOTEBOOKS, TABLES
 from fx.results import RUNS
 
@@ -125,13 +124,4 @@ def tidy(notebook: Path) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except ValueError as error:
-        sys.exit(f"fx.reproduce: {error}")
-    except KeyboardInterrupt:
-        print(
-            "fx.reproduce: interrupted; finished steps are kept, and the same command goes on from there",
-            file=sys.stderr,
-        )
-        sys.exit(130)
+    command.run("fx.reproduce", main)

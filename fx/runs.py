@@ -25,7 +25,7 @@ import pandas as pd
 import psutil
 from tqdm import tqdm
 
-from fx import results
+from fx import command, results
 
 SMALL = ("score", "quality", "reference", "captionsearch")  # kinds that are packed unless others are named: no images
 NOT_KINDS = ("scratch", "locks", "hashes", "executed")
@@ -250,4 +250,4 @@ def _prune(found: list[Entry], remove: bool) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command.run("fx.runs", main)

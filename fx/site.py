@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from fx import demo, play, settings
+from fx import command, demo, play, settings
 from fx.datasets import load_item
 from fx.evaluation import thresholds
 from fx.paths import COMPLETE, NOTEBOOKS, ROOT, SHIPPED_FIGURES, SHIPPED_TABLES
@@ -140,8 +140,8 @@ def build(source: Path = SOURCE, built: Path = BUILT) -> Path:
     """Assemble and build; the first page. ValueError with Sphinx's own words where it warns or fails."""
     assemble(source)
     shutil.rmtree(built, ignore_errors=True)
-    command = [sys.executable, "-m", "sphinx", "-q", "-b", "html", str(source), str(built)]
-    found = subprocess.run(command, capture_output=True, text=True)
+    words = [sys.executable, "-m", "sphinx", "-q", "-b", "html", str(source), str(built)]
+    found = subprocess.run(words, capture_output=True, text=True)
     troubles = list(_troubles(found.stderr))
     if found.returncode or troubles:
         raise ValueError("the site was not built cleanly:\n" + "\n".join(troubles or [found.stderr]))
@@ -155,8 +155,10 @@ def _troubles(stderr: str) -> Iterator[str]:
             yield line.strip()
 
 
+def main() -> None:
+    """Build the site and say where it is."""
+    print(build())
+
+
 if __name__ == "__main__":
-    try:
-        print(build())
-    except (ValueError, FileNotFoundError) as error:
-        sys.exit(f"fx.site: {error}")
+    command.run("fx.site", main)

@@ -11,7 +11,6 @@ import argparse
 import json
 import math
 import re
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,7 +20,7 @@ import pandas as pd
 import yaml
 from matplotlib.figure import Figure
 
-from fx import plots
+from fx import command, plots
 from fx.paths import COMPLETE, FIGURES, NOTEBOOKS, TABLES
 
 FILE = Path(__file__).parent / "claims.yaml"
@@ -280,7 +279,4 @@ def main(words: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except ValueError as error:
-        sys.exit(f"fx.summary: {error}")
+    command.run("fx.summary", main)

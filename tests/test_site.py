@@ -2,6 +2,7 @@
 
 import ast
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -14,6 +15,7 @@ from urllib.parse import unquote, urldefrag
 import pandas as pd
 import pytest
 from docutils.core import publish_parts
+from filelock import FileLock
 
 from fx import site
 from fx.paths import COMPLETE, NOTEBOOKS, ROOT, SHIPPED_TABLES
@@ -170,18 +172,20 @@ class _Page(HTMLParser):
             self.headings.append(int(tag[1]))
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def built(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("site")
-    return site.build(folder / "source", folder / "html").parent
+    """The site, built once for all workers that run side by side."""
+    workers = "PYTEST_XDIST_WORKER" in os.environ
+    folder = tmp_path_factory.getbasetemp().parent if workers else tmp_path_factory.mktemp("site")
+    with FileLock(folder / "site.lock"):
+        if not (folder / "html/index.html").is_file():
+            site.build(folder / "source", folder / "html")
+    return folder / "html"
 
 
 @pytest.fixture(scope="module")
 def pages(built) -> dict[str, _Page]:
     return {path.relative_to(built).as_posix(): _Page(path.read_text()) for path in sorted(built.rglob("*.html"))}
-
-
-pytestmark = pytest.mark.xdist_group("site")
 
 
 @pytest.mark.long
