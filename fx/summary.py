@@ -154,7 +154,7 @@ def cell_of(claim: Claim) -> str:
     path = notebook_of(claim.notebook)
     wanted = re.compile(rf"complete\(\"{re.escape(claim.table or claim.picture)}\"")
     for cell in json.loads(path.read_text())["cells"] if path else ():
-        if cell["cell_type"] == "code" and wanted.search("".join(cell["source"])):
+        if cell["cell_type"] == "code" and cell["execution_count"] and wanted.search("".join(cell["source"])):
             return f"In [{cell['execution_count']}]"
     return ""
 
@@ -165,7 +165,9 @@ def cell_of(claim: Claim) -> str:
 def as_markdown(table: pd.DataFrame, profile: str) -> str:
     """The summary as a page; links lead from data/results/<profile> to the notebooks and tables."""
     said = table.drop_duplicates("claim")
-    count = said.verdict.value_counts()
+    pictures = {claim.claim for claim in claims() if claim.picture}
+    tested = said[~said.claim.isin(pictures)]
+    count = tested.verdict.value_counts()
     numbers = ", ".join(f"{count[word]} {word}" for word in (HOLDS, FAILS, OPEN, MISSING) if word in count)
     lines = [
         f"# What came out: profile {profile}",
@@ -173,9 +175,10 @@ def as_markdown(table: pd.DataFrame, profile: str) -> str:
         "Written by `python -m fx.summary` from the tables beside it; the claims are those of the paper, as fx/claims.yaml "
         "words them. A claim *holds* if every comparison lies on the claimed side with its whole 95% interval, it *does not "
         "hold* if one lies on the other side, else it is *not shown*. Table 1's first claim is corrected for its four "
-        "comparisons (Holm); all others are exploratory. *not run*: this profile has no such table yet.",
+        "comparisons (Holm); all others are exploratory. *not run*: this profile has no such table or picture yet. ✓: the "
+        "whole interval is on the claimed side, ✗: on the other, ·: neither; *a picture*: there is nothing to test.",
         "",
-        f"Of {len(said) - count.get(PICTURE, 0)} claims: {numbers}.",
+        f"Of {len(tested)} claims: {numbers}.",
         "",
         f"![every comparison with its interval](../../../figures/summary-{profile}.png)",
         "",

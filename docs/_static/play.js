@@ -4,7 +4,7 @@
   "use strict";
   const data = window.PLAY;
   const SVG = "http://www.w3.org/2000/svg";
-  const COLOURS = ["#0173b2", "#de8f05", "#029e73", "#d55e00", "#cc78bc", "#ca9161", "#fbafe4", "#ece133", "#56b4e9"];
+  const COLOURS = ["#0173b2", "#de8f05", "#029e73", "#d55e00", "#cc78bc", "#ca9161", "#8c3b83", "#8a7d00", "#1f77b4"];
 
   function svg(name, attributes, parent) {
     const found = document.createElementNS(SVG, name);
@@ -52,6 +52,7 @@
     const item = data.items[select.value];
     const at = item.scales[scale.value];
     document.getElementById("scale-value").textContent = at.w;
+    scale.setAttribute("aria-valuetext", `w′ ${at.w}`);
     document.getElementById("scale-said").textContent =
       `AS ${at.AS.toFixed(3)}, above the strict threshold ${Math.round(100 * at.strict)}%, ` +
       `above the loose one ${Math.round(100 * at.loose)}% of ${item.n} training images.`;
@@ -114,6 +115,15 @@
     });
     const alone = sizes[0] || 0, groups = Object.keys(sizes).filter((label) => label !== "0").length;
     document.getElementById("phi-value").textContent = value.toFixed(2);
+    phi.setAttribute("aria-valuetext", `φ ${value.toFixed(2)}`);
+    const members = {};
+    labels.forEach((label, number) => (members[label] = members[label] || []).push(number + 1));
+    document.getElementById("phi-list").replaceChildren(...Object.keys(members).sort((a, b) => (a === "0") - (b === "0") || a - b)
+      .map((label) => {
+        const item = document.createElement("li");
+        item.textContent = (label === "0" ? "alone" : `clique ${label}`) + `: images ${members[label].join(", ")}`;
+        return item;
+      }));
     document.getElementById("phi-said").textContent =
       `${joined.length} of ${cliques.pairs.length} pairs are joined; ${groups + alone} cliques: ${groups} of two images or ` +
       `more, the largest of ${sizes[1] || 1}, and ${alone} single images.` +
