@@ -26,7 +26,7 @@ from fx.results import RUNS
 PAGES = ROOT / "docs"
 # what the site shows as pages of its own
 MOVED = {"../data/results/mini/summary.md": "results.md", "../tests/SUPPORTED.md": "supported.md"}
-MOVED |= {"../CONTRIBUTING.md": "contributing.md"}
+MOVED |= {"../CONTRIBUTING.md": "contributing.md", "../data/paper/README.md": "paper.md"}
 SOURCE, BUILT = RUNS / "site-source", RUNS / "site"
 
 
@@ -45,6 +45,7 @@ def assemble(source: Path) -> None:
     supported = (ROOT / "tests/SUPPORTED.md").read_text()
     (source / "supported.md").write_text(f"# What is proven for which family\n\n{supported}")
     (source / "contributing.md").write_text((ROOT / "CONTRIBUTING.md").read_text())
+    (source / "paper.md").write_text((ROOT / "data/paper/README.md").read_text())
     names = sorted(path.stem for path in (ROOT / "fx").glob("*.py") if path.stem != "__init__")
     (source / "api").mkdir()
     for name in names:
