@@ -31,14 +31,12 @@ html_static_path = ["_static"]
 html_css_files = ["play.css"]
 html_copy_source = False
 html_show_sourcelink = False
-html_last_updated_fmt = None
 html_theme_options = {
     "use_download_button": False,
     "use_fullscreen_button": False,
     "show_toc_level": 2,
     "navigation_with_keys": True,
     "navbar_persistent": [],
-    "search_bar_text": "Search",
 }
 
 

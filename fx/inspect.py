@@ -386,7 +386,8 @@ def rank_bases(name: str, candidates: Iterable[str]) -> pd.DataFrame:
         try:
             with torch.no_grad():
                 pair = load_pair(base, name)
-                rows.append({"base": base, **distances(pair), "verdict": "fits" if pair.one_network else ""})
+                adapter = checkpoints.kind_of(checkpoints.find(name)) in ("lora", "peft")  # also one that is merged
+                rows.append({"base": base, **distances(pair), "verdict": "fits" if adapter else ""})
         except (FileNotFoundError, ValueError) as error:
             rows.append({"base": base, "verdict": f"does not fit: {shown(str(error))}"})
     table = pd.DataFrame(rows)

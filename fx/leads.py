@@ -50,8 +50,9 @@ def gather(path: str, bases: Sequence[str], candidates: Sequence[str] = (), gues
     card has one; guess: the caption if the weights carry none. Raises ValueError, with the reasons, if no base fits.
     """
     found = inspect(path)
-    base, base_by = base_of(path, bases, found.base_names, guess)
-    caption, caption_by = caption_of(path, base, [lead for lead in found.leads if lead[1] in SAID], candidates, guess)
+    said = [lead for lead in found.leads if lead[1] in SAID]
+    base, base_by = base_of(path, bases, found.base_names, said[0][0] if said else guess)
+    caption, caption_by = caption_of(path, base, said, candidates, guess)
     n = found.metadata.images
     return Leads(path, base, base_by, caption, caption_by, n, "estimated" if n is None else "its header")
 

@@ -56,20 +56,25 @@ class Published:
             )
         if self.form == "single file" and self.model.text_encoder:
             raise ValueError("a single file is written of the network only: publish a trained text encoder as parts")
+        if self.form == "single file" and self.says:
+            raise ValueError("a single file brings no model card along: publish one that says something as parts")
         if self.form in ("diffusers", "peft") and self.model.adapter == "loha":
             raise ValueError(f"a LoHa has no layout of the form {self.form}: publish it as kohya")
 
 
 def published(spec: Published) -> Path:
     """The file or folder to hand on, written now if it is missing."""
-    folder = results.complete(spec)
+    return _target(spec, results.complete(spec))
+
+
+def _target(spec: Published, folder: Path) -> Path:
     return folder / ("model.safetensors" if spec.form in ("single file", "kohya") else "model")
 
 
 @results.perform.register
 def _(spec: Published, folder: Path) -> None:
     """Write model/ or model.safetensors."""
-    target = folder / ("model.safetensors" if spec.form in ("single file", "kohya") else "model")
+    target = _target(spec, folder)
     {
         "parts": _parts,
         "pipeline": _pipeline,

@@ -91,13 +91,17 @@ def main(words: list[str] | None = None) -> None:
     parser.add_argument("--profile", default=DEFAULTS, help=f"one of {', '.join(profiles())} (default {DEFAULTS})")
     parser.add_argument("-p", dest="extra", type=assignment, action="append", default=[], metavar="NAME=VALUE")
     parser.add_argument(
-        "--scheduler", metavar="S", help='a dask cluster for all notebooks: "local:4", an address, a scheduler file'
+        "--scheduler",
+        metavar="S",
+        help='a dask cluster for the notebooks that take one: "local:4", an address, a scheduler file',
     )
     parser.add_argument("--in-place", action="store_true", help="write the outputs into notebooks/ itself")
     options = parser.parse_args(words)
     chosen = find_notebooks(options.notebooks)
-    extra = dict(options.extra) | ({"scheduler": options.scheduler} if options.scheduler is not None else {})
-    given = {notebook: parameters(notebook, options.profile, extra) for notebook in chosen}
+    given = {notebook: parameters(notebook, options.profile, dict(options.extra)) for notebook in chosen}
+    for notebook, values in given.items() if options.scheduler is not None else ():
+        if "scheduler" in papermill.inspect_notebook(kernel.noted(notebook)):
+            values["scheduler"] = options.scheduler
     folder = RUNS / "executed" / options.profile
     folder.mkdir(parents=True, exist_ok=True)
     for notebook, values in given.items():

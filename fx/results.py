@@ -571,9 +571,7 @@ def _complete_on(client, waiting: dict) -> Iterator[tuple[Path, Exception | None
 
     tasks: dict = {}
     options = {"pure": False} | _resources(client)
-    with warnings.catch_warnings():  # the many arguments of a graph are small
-        warnings.filterwarnings("ignore", message="Sending large graph")
-        submitted = {place: _submit(client, spec, tasks, options) for place, spec in waiting.items()}
+    submitted = {place: _submit(client, spec, tasks, options) for place, spec in waiting.items()}
     futures = {future: place for place, future in submitted.items() if future is not None}
     try:
         for place in submitted.keys() - futures.values():  # finished by somebody else in between
@@ -651,12 +649,11 @@ def connect(scheduler: str) -> None:
         if not Path(scheduler).is_file():
             raise ValueError(f"there is no scheduler file {scheduler}: start dask with --scheduler-file {scheduler}")
     try:
-        from dask.distributed import Client, LocalCluster
+        from dask.distributed import Client
     except ImportError as error:
         raise ValueError("a scheduler needs dask: pip install -e .[cluster]") from error
-    if kind == "local":
-        cluster = LocalCluster(n_workers=int(rest), threads_per_worker=1, dashboard_address=":0")
-        client = Client(cluster)
+    if kind == "local":  # a cluster of the client's own, which ends with it
+        client = Client(n_workers=int(rest), threads_per_worker=1, dashboard_address=":0")
     else:
         client = Client(scheduler_file=scheduler) if scheduler.endswith(".json") else Client(scheduler, timeout=10)
     print(f"{len(client.scheduler_info(n_workers=-1)['workers'])} workers, dashboard {client.dashboard_link}")

@@ -18,10 +18,10 @@ from pathlib import Path
 import pandas as pd
 
 from fx import command, demo, play, settings
-from fx.datasets import load_item
-from fx.evaluation import thresholds
+from fx.datasets import load_item, open_image
 from fx.paths import COMPLETE, NOTEBOOKS, ROOT, SHIPPED_FIGURES, SHIPPED_TABLES
 from fx.results import RUNS
+from fx.similarity import copy_thresholds
 
 PAGES = ROOT / "docs"
 # what the site shows as pages of its own
@@ -90,8 +90,7 @@ def play_data() -> dict:
         for name in ("scales", "matches", "cliques", "pairs", "places")
     }
     chosen = settings.load()["dreambooth"]
-    example = chosen.score(chosen.fine_tune(demo.TYPICAL[0]), "direct")
-    loose, strict = thresholds(example)
+    loose, strict = copy_thresholds(chosen.descriptor)
     items = [_item(item, table, chosen.finextract_scale) for item in demo.TYPICAL]
     cliques = table["cliques"]
     n = len(table["places"])
@@ -134,7 +133,9 @@ def _item(item: str, table: dict[str, pd.DataFrame], chosen: float) -> dict:
 
 
 def _sheet(name: str, rows: int, columns: int) -> dict:
-    return {"file": f"_static/play-{name}-{COMPLETE}.png", "rows": rows, "columns": columns, "side": 64}
+    file = f"play-{name}-{COMPLETE}.png"
+    side = open_image(SHIPPED_FIGURES / file).width // columns
+    return {"file": f"_static/{file}", "rows": rows, "columns": columns, "side": side}
 
 
 def build(source: Path = SOURCE, built: Path = BUILT) -> Path:

@@ -70,9 +70,10 @@ def claims() -> list[Claim]:
 
 
 def selected(claim: Claim, profile: str) -> pd.DataFrame | None:
-    """The rows of the profile's table that test a claim; None where there is no such table or it lacks a column.
+    """The rows of the profile's table that test a claim; None where there is no such table.
 
     Columns: name (what tells the rows apart), estimate, low, high, and shown where comparisons were corrected together.
+    ValueError for a table that lacks a column that the claim asks for.
     """
     path = TABLES / profile / f"{claim.table}.csv"
     if not path.is_file():
@@ -230,7 +231,8 @@ def _where(row: pd.Series) -> str:
 
 def drawing(table: pd.DataFrame) -> Figure | None:
     """Every difference with its interval, under the claim that it tests; None where nothing was compared."""
-    rows = table[table.estimate.notna() & (table.table != "table06-ratios")]
+    ratios = {claim.claim for claim in claims() if claim.within or claim.against}
+    rows = table[table.estimate.notna() & ~table.claim.isin(ratios)]
     if rows.empty:
         return None
     colours, heights, labels = {HOLDS: "C0", FAILS: "C3", OPEN: "0.6"}, [], []

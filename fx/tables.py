@@ -36,7 +36,8 @@ def paired_difference(
     """Mean over items of score(arm) - score(baseline) with its 95% t-interval and the t-test's p-value, per group.
 
     between: the column that tells the two apart, if it is not the arm. Both must hold the same items: ValueError otherwise.
-    The interval and p of a single item are NaN, and whether the interval excludes 0 is missing (pandas.NA).
+    Without rows it is empty, with the same columns. The interval and p of a single item are NaN, and whether the interval
+    excludes 0 is missing (pandas.NA).
     """
     lines = []
     for key, group in rows.groupby(by, sort=False):
@@ -58,7 +59,7 @@ def paired_difference(
                 "p": paired_p_value(*pair),
             }
         )
-    return pd.DataFrame(lines)
+    return pd.DataFrame(lines, columns=[*by, "items", "difference", "low", "high", "excludes 0", "p"])
 
 
 def differences(

@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 import pandas as pd
+import psutil
 import pytest
 import torch
 
@@ -16,7 +17,7 @@ from fx.extraction import Extract
 from fx.finetune import FineTune, TrainingItem
 from fx.sampling import Generate
 
-distributed = pytest.importorskip("dask.distributed")
+pytest.importorskip("dask.distributed")
 N = 110  # two whole parts and a piece
 
 
@@ -58,15 +59,19 @@ def test_a_cluster_that_loses_a_worker_computes_what_one_process_does(tiny_sd, p
         os.kill(pids[0], signal.SIGKILL)
         killed.append(pids[0])
 
-    with (
-        distributed.LocalCluster(n_workers=3, threads_per_worker=1, dashboard_address=None) as cluster,
-        distributed.Client(cluster) as client,
-    ):
-        pids = list(client.run(os.getpid).values())
-        assassin = threading.Thread(target=kill_one, args=(pids,), daemon=True)
+    results.connect("local:3")
+    try:
+        client = results._connected["client"]
+        workers = client.run(os.getpid).values()
+        assassin = threading.Thread(target=kill_one, args=(list(workers),), daemon=True)
         assassin.start()
-        there = results.run(asked, client=client)
+        there = results.run(asked)
         assassin.join(10)
+    finally:
+        results.connect("")
+    assert len(workers) == 3
+    assert client.status == "closed"
+    assert not [pid for pid in workers if psutil.pid_exists(pid)]  # the processes end with it
     assert killed
     pd.testing.assert_frame_equal(there, here)
     assert kept(shared) == kept(alone)

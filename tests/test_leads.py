@@ -64,6 +64,22 @@ def test_the_base_of_an_adapter_is_the_one_it_names_or_the_only_one_that_fits(ma
         leads.base_of(silent, [bases["sdxl"]])
 
 
+@pytest.mark.parametrize("adapter", ["lora", "dora", "loha"])
+def test_weights_tell_no_adapters_base_whether_it_is_attached_or_merged(made, bases, monkeypatch, adapter):
+    path, every = made("lora", "kohya", adapter=adapter), [bases["first"], bases["relative"]]
+    told = leads.pd.DataFrame({"base": every[::-1], "verdict": ["lowest", "higher"]})
+    monkeypatch.setattr(leads, "rank_by_loss", lambda *_: told)
+    assert leads.base_of(path, every) == (bases["relative"], "the loss on its own images")
+
+
+def test_the_loss_is_asked_with_the_caption_that_is_said(made, bases, monkeypatch):
+    path, asked = made("lora", "kohya", says=True), []
+    monkeypatch.setattr(leads, "base_of", lambda *given: asked.append(given) or (bases["first"], "its weights"))
+    leads.gather(path, [bases["first"]], guess="a thing")
+    leads.gather(made("lora", "kohya"), [bases["first"]], guess="a thing")
+    assert [given[3] for given in asked] == ["a dog", "a thing"]
+
+
 def test_a_network_that_has_nothing_in_common_with_any_base_is_refused(made, bases):
     with pytest.raises(ValueError, match=r"none of the base models fits .*stranger: unrelated"):
         leads.base_of(made("dreambooth", "parts"), [bases["stranger"]])

@@ -92,6 +92,11 @@ def test_what_is_published_follows_the_model_the_form_and_what_it_says(made):
     )
 
 
+def test_a_single_file_that_is_to_say_something_is_refused(made):
+    with pytest.raises(ValueError, match="a single file brings no model card along"):
+        Published(made("dreambooth"), "single file", says=True)
+
+
 @pytest.mark.parametrize(
     ("method", "options", "form", "message"),
     [

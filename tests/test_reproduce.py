@@ -190,6 +190,17 @@ def test_main_runs_the_notebooks_in_order_into_the_folder_of_the_profile(noteboo
     assert folder.is_dir()
 
 
+def test_a_scheduler_goes_to_the_notebooks_that_take_one(notebooks, executed):
+    notebook = nbformat.read(notebooks / "03-extraction.ipynb", 4)
+    notebook.cells[0].source += '\nscheduler = ""'
+    nbformat.write(notebook, notebooks / "03-extraction.ipynb")
+    reproduce.main(["--scheduler", "local:2", "-p", "artists=4"])
+    assert [call[2] for call in executed] == [
+        {"artists": 4} | (reproduce.parameters(notebooks / "01-fine-tuning.ipynb", "quick", {})),
+        {"artists": 4, "scheduler": "local:2"},
+    ]
+
+
 def test_main_ends_with_the_summary_of_the_profile_where_there_are_tables(notebooks, executed, tmp_path, monkeypatch):
     asked = []
     monkeypatch.setattr(reproduce.summary, "write", lambda profile: asked.append(profile) or [tmp_path / "summary.md"])

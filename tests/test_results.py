@@ -1164,9 +1164,12 @@ def test_on_workers_nested_steps_are_tasks_of_their_own_that_come_first(client, 
 def test_parts_of_a_step_are_done_by_workers_before_the_step(client, monkeypatch):
     done = []
     monkeypatch.setattr(results, "parts", lambda spec: [(0, 2), (2, 4)] if spec == Square(4) else [])
-    monkeypatch.setattr(results, "perform_part", lambda spec, *share: done.append((spec, share)))
+    monkeypatch.setattr(
+        results, "perform_part", lambda spec, *share: done.append((spec, share, calls().get("square 4")))
+    )
     table = results.run([Square(4), Square(5)], client=client)
-    assert sorted(done, key=str) == [(Square(4), (0, 2)), (Square(4), (2, 4))]
+    assert sorted(done, key=str) == [(Square(4), (0, 2), None), (Square(4), (2, 4), None)]
+    assert calls()["square 4"] == 1
     assert table.number.tolist() == [4, 5]
 
 

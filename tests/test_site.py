@@ -248,6 +248,15 @@ def browse(address: str, *options: str, tmp_path: Path) -> tuple[str, str]:
     return found.stdout, found.stderr
 
 
+def requests_of_the_page(log: Path) -> set[str]:
+    """The addresses that a page asked for, by the browser's log; what the browser asks for itself has no origin."""
+    lines = (line.strip().rstrip(",") for line in log.read_text(errors="replace").splitlines())
+    found = [json.loads(line).get("params", {}) for line in lines if re.match(r'\{.*"source":.*\}$', line)]
+    assert found
+    own = (None, "not an origin")
+    return {p["url"] for p in found if str(p.get("url")).startswith("http") and p.get("initiator") not in own}
+
+
 needs_browser = pytest.mark.skipif(
     BROWSER is None, reason="no Chromium on this machine: what scripts do was not looked at"
 )
@@ -263,9 +272,16 @@ def test_a_browser_shows_a_page_without_errors_and_without_a_request(built, tmp_
     dom, console = browse(address, f"--window-size={width},900", f"--log-net-log={log}", tmp_path=tmp_path)
     assert "<h1" in dom
     assert not [line for line in console.splitlines() if "CONSOLE" in line and ("rror" in line or "Refused" in line)]
-    asked = set(re.findall(r'"url":"(https?://[^"]+)', log.read_text(errors="replace")))
-    asked = {url for url in asked if not re.search(r"google|gvt1|gstatic|chrome", url)}  # the browser's own
+    asked = requests_of_the_page(log)
     assert not asked
+
+
+@needs_browser
+def test_a_page_that_asks_for_something_is_noticed(tmp_path):
+    page, log = tmp_path / "page.html", tmp_path / "net.json"
+    page.write_text('<h1>a</h1><img src="https://fonts.gstatic.com/a.png" alt="">')
+    browse(page.as_uri(), f"--log-net-log={log}", tmp_path=tmp_path)
+    assert requests_of_the_page(log) == {"https://fonts.gstatic.com/a.png"}
 
 
 @needs_browser

@@ -226,6 +226,16 @@ def test_the_readme_shows_the_scores_of_the_demo():
     assert expected in (ROOT / "README.md").read_text(encoding="utf-8")
 
 
+def test_a_difference_of_no_rows_is_an_empty_table_that_can_be_kept_and_read(tmp_path):
+    rows = scored(5)
+    empty = tables.paired_difference(rows[:0], "cfg", "direct", ["block"])
+    empty.to_csv(tmp_path / "empty.csv", index=False)
+    found = pd.read_csv(tmp_path / "empty.csv")
+    assert list(found.columns) == list(tables.paired_difference(rows, "cfg", "direct", ["block"]).columns)
+    assert found.empty
+    assert tables.in_words(empty, "block") == ""
+
+
 def test_differences_takes_each_score_over_the_items_that_have_it():
     rows = scored(5).assign(other=lambda table: table.AS * 3, none=np.nan)
     rows.loc[rows["item"] == 2, "other"] = np.nan
