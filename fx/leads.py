@@ -3,25 +3,30 @@
     known = gather("downloads/artist.safetensors", bases=["mini-sd"], candidates=["art style of A", "art style of B"])
     model = known.checkpoint()
 
-Each answer says where it comes from: the header or the model card, the weights, or a guess.
+Each answer says where it comes from: the header or the model card, the weights, or a guess. A `Lookup` is the same as a step
+that is done once: known = gathered(Lookup("downloads/artist.safetensors", ("mini-sd",), ("art style of A",))).
 """
 
+import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
 
-from fx import captions
+from fx import captions, checkpoints, results
 from fx.families import FLOWS, latent_shape, noising
 from fx.inspect import inspect, rank_bases
 from fx.metrics import paired_interval
-from fx.models import ModelPair, load_pair
+from fx.models import ModelPair, load_pair, model_folder
 from fx.sampling import arm_scheduler, predictor, starting_latents, walk
 from fx.tuned import Checkpoint
 
+LEADS = "leads.json"
 SAID = ("the model card", "modelspec.trigger_phrase", "a folder of training images")  # where whole captions stand
 LEVELS = (0.1, 0.25, 0.4, 0.55, 0.7, 0.85)  # of the training schedule, at which losses are compared
 
@@ -37,6 +42,11 @@ class Leads:
     caption_by: str
     n_training: int | None
     n_training_by: str
+
+    @property
+    def method(self) -> str:
+        """How it was fine-tuned, by what it is: "lora" of an adapter of any kind, else "dreambooth"."""
+        return "lora" if checkpoints.kind_of(checkpoints.find(self.path)) in ("lora", "peft") else "dreambooth"
 
     def checkpoint(self) -> Checkpoint:
         """The spec of the fine-tuned model, as far as it is known."""
@@ -55,6 +65,40 @@ def gather(path: str, bases: Sequence[str], candidates: Sequence[str] = (), gues
     caption, caption_by = caption_of(path, base, said, candidates, guess)
     n = found.metadata.images
     return Leads(path, base, base_by, caption, caption_by, n, "estimated" if n is None else "its header")
+
+
+@dataclass(frozen=True)
+class Lookup:
+    """`gather` as a step of its own; the fields are its arguments."""
+
+    VERSION: ClassVar[int] = 1
+
+    path: str
+    bases: tuple[str, ...]
+    candidates: tuple[str, ...] = ()
+    guess: str = ""
+
+    def __post_init__(self):
+        if not self.bases:
+            raise ValueError("bases is empty: name the base models to choose from")
+
+
+@results.inputs.register
+def _(spec: Lookup) -> dict[str, str]:
+    found = {f"base {number}": results.sha256_of(model_folder(base)) for number, base in enumerate(spec.bases)}
+    return found | {"checkpoint": results.sha256_of(checkpoints.find(spec.path))}
+
+
+@results.perform.register
+def _(spec: Lookup, folder: Path) -> None:
+    """Write leads.json, the fields of a Leads."""
+    known = gather(spec.path, spec.bases, spec.candidates, spec.guess)
+    (folder / LEADS).write_text(json.dumps(asdict(known), ensure_ascii=False), encoding="utf-8")
+
+
+def gathered(spec: Lookup) -> Leads:
+    """What the finished step found, which is done now if it is missing."""
+    return Leads(**json.loads((results.complete(spec) / LEADS).read_text("utf-8")))
 
 
 def base_of(path: str, bases: Sequence[str], named: Sequence[str] = (), caption: str = "") -> tuple[str, str]:

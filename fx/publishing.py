@@ -8,7 +8,8 @@ Notebook 08 makes a zoo of these and then treats each as a download.
 
 import json
 import shutil
-from dataclasses import dataclass
+import string
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar
 
@@ -28,6 +29,7 @@ FORMS = {
     "dreambooth": ("parts", "pipeline", "fp16", "single file"),
     "lora": ("diffusers", "kohya", "peft"),
 }
+NAME = set(string.ascii_letters + string.digits + "-_.")
 REPEATS = 10  # how often kohya's scripts are said to have shown each image in an epoch
 
 
@@ -39,7 +41,7 @@ class Published:
     model as a diffusers folder), "fp16" (the same in half precision, by that variant's file names), "single file" (the
     network in the original code's names, in half precision); of a LoRA and its relatives: "diffusers", "kohya", "peft".
     says: whether the header (kohya) or the model card (all others) tells the base model, the caption and, in kohya's
-    header, the number of images.
+    header, the number of images. name: of the file or folder, by which a model made on this one will call its base.
     """
 
     VERSION: ClassVar[int] = 1
@@ -47,6 +49,7 @@ class Published:
     model: FineTune
     form: str
     says: bool = False
+    name: str = field(default="model", metadata={"absent": "model"})
 
     def __post_init__(self):
         if self.form not in FORMS[self.model.method]:
@@ -54,6 +57,8 @@ class Published:
                 f"unknown form {self.form!r} of a {self.model.method} fine-tuning: choose from "
                 f"{', '.join(FORMS[self.model.method])}"
             )
+        if not self.name.strip(".") or not set(self.name) <= NAME:
+            raise ValueError(f"name {self.name!r} must be of letters, digits, points, dashes and underscores")
         if self.form == "single file" and self.model.text_encoder:
             raise ValueError("a single file is written of the network only: publish a trained text encoder as parts")
         if self.form == "single file" and self.says:
@@ -68,12 +73,12 @@ def published(spec: Published) -> Path:
 
 
 def _target(spec: Published, folder: Path) -> Path:
-    return folder / ("model.safetensors" if spec.form in ("single file", "kohya") else "model")
+    return folder / (f"{spec.name}.safetensors" if spec.form in ("single file", "kohya") else spec.name)
 
 
 @results.perform.register
 def _(spec: Published, folder: Path) -> None:
-    """Write model/ or model.safetensors."""
+    """Write a folder or a .safetensors file of that name."""
     target = _target(spec, folder)
     {
         "parts": _parts,

@@ -1,5 +1,7 @@
 """Published forms: each loads as a download and predicts what was trained, and says what it is asked to say."""
 
+from dataclasses import replace
+
 import pytest
 import tiny
 import torch
@@ -90,6 +92,17 @@ def test_what_is_published_follows_the_model_the_form_and_what_it_says(made):
     assert (
         len({results.digest(spec) for spec in specs} | {results.digest(Published(made("lora", seed=1), "peft"))}) == 4
     )
+
+
+def test_a_published_pipeline_is_a_base_that_models_made_on_it_name(made):
+    base = published(Published(made("dreambooth"), "pipeline", name="sd-animals"))
+    assert base.name == "sd-animals"
+    own = replace(made("lora"), base=str(base))
+    assert checkpoints.metadata(published(Published(own, "kohya", True))).base == str(base)
+    assert published(Published(own, "kohya", name="a_dog.v2")).name == "a_dog.v2.safetensors"
+    for name in ("", "..", "a/b", "a b"):
+        with pytest.raises(ValueError, match="must be of letters, digits, points, dashes and underscores"):
+            Published(own, "kohya", name=name)
 
 
 def test_a_single_file_that_is_to_say_something_is_refused(made):
