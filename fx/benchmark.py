@@ -4,13 +4,12 @@
     python -m fx.benchmark --images 100 --repeats 5
     python -m fx.benchmark --settings mini-sd-reference mini-sd  # an item: fine-tuning and the images of three arms
 
-Every measurement is a process of its own, and the arms take turns, so that a busy machine slows all of them alike. The
-LoRA and the fine-tuned U-Net are fresh and random: cost does not depend on what was learned.
+Every measurement is a process of its own, and what is compared takes turns, so that a busy machine slows all alike. Notebook
+11 has the same numbers with intervals (fx.cost).
 """
 
 import argparse
 import json
-import resource
 import subprocess
 import sys
 import tempfile
@@ -18,40 +17,16 @@ import time
 from pathlib import Path
 
 import pandas as pd
-import torch
-from diffusers.utils import convert_state_dict_to_diffusers
-from peft import LoraConfig, get_peft_model_state_dict
 
 from fx import command, settings
+from fx.cost import SCALE, Cost, make, measurements
 from fx.datasets import load_images, names
 from fx.families import image_size
-from fx.finetune import LORA_LAYERS, METHODS, TrainingItem, load_training, train
+from fx.finetune import METHODS, TrainingItem, load_training, train
 from fx.models import PRECISIONS, load_pair, load_pipeline
 from fx.sampling import sample
 
-ARMS = {"direct": 1.0, "cfg": 3.0, "finextract": 3.0}
-
-
-def make(folder: Path, base: str) -> None:
-    """A random LoRA of rank 64 and a copy of the U-Net, as two fine-tuned models of `base`."""
-    pipeline = load_pipeline(base)
-    pipeline.unet.save_pretrained(folder / "dreambooth/unet")
-    settings = LoraConfig(r=64, lora_alpha=64, target_modules=LORA_LAYERS["unet"], init_lora_weights=False)
-    pipeline.unet.add_adapter(settings)
-    layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(pipeline.unet))
-    pipeline.save_lora_weights(folder / "lora", unet_lora_layers=layers)
-
-
-def measure(base: str, tuned: Path, arm: str, images: int) -> dict[str, float]:
-    """Seconds per image (model loading apart) and peak memory in MB: of the GPU where there is one, of the process else."""
-    pair = load_pair(base, tuned)
-    sample(pair, "a dog", 2, arm, ARMS[arm], steps=2)  # what is done only once
-    start = time.perf_counter()
-    sample(pair, "a dog", images, arm, ARMS[arm])
-    seconds = (time.perf_counter() - start) / images
-    if torch.cuda.is_available():
-        return {"seconds": seconds, "memory": torch.cuda.max_memory_allocated() / 1e6}
-    return {"seconds": seconds, "memory": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3}
+ARMS = ("direct", "cfg", "finextract")
 
 
 def measure_settings(name: str, method: str, images: int, steps: int = 8) -> dict[str, float]:
@@ -65,10 +40,11 @@ def measure_settings(name: str, method: str, images: int, steps: int = 8) -> dic
         start = time.perf_counter()
         losses, _ = train(pipeline, pictures, [item.caption] * n, spec, Path(place))
         tuning = (time.perf_counter() - start) / len(losses) * chosen.steps_per_image * n / chosen.batch_size
-        make(Path(place), chosen.base)
-        pair = load_pair(chosen.base, Path(place) / method, PRECISIONS[chosen.precision])
+        make(Path(place), cost := Cost(chosen.base, method))
+        pair = load_pair(cost.base, Path(place) / "tuned", PRECISIONS[chosen.precision])
         sampling = 0.0
-        for arm, w in ARMS.items():
+        for arm in ARMS:
+            w = 1.0 if arm == "direct" else SCALE
             start = time.perf_counter()
             sample(
                 pair, item.caption, images, arm, w, steps=chosen.sampling_steps, sampler=chosen.sampler, batch_size=10
@@ -104,14 +80,10 @@ def main(words: list[str] | None = None) -> None:
     parser.add_argument("--images", type=int, default=50, help="images per measurement (default 50)")
     parser.add_argument("--repeats", type=int, default=3, help="measurements per arm (default 3)")
     parser.add_argument("--settings", nargs="+", metavar="NAME", help="sections of fx/settings.yaml to compare instead")
-    parser.add_argument("--one", nargs=2, metavar=("FOLDER", "ARM"), help=argparse.SUPPRESS)
     parser.add_argument("--set", nargs=2, metavar=("NAME", "METHOD"), help=argparse.SUPPRESS)
     options = parser.parse_args(words)
     if options.images < 1 or options.repeats < 1:
         parser.error(f"--images {options.images} and --repeats {options.repeats} must be at least 1")
-    if options.one:
-        print(json.dumps(measure(options.base, Path(options.one[0]), options.one[1], options.images)))
-        return
     if options.set:
         print(json.dumps(measure_settings(*options.set, options.images)))
         return
@@ -121,24 +93,20 @@ def main(words: list[str] | None = None) -> None:
         table = compare_settings(options.settings, options.images, options.repeats)
         print(table.to_string(index=False, float_format="{:.2f}".format))
         return
-    rows = []
-    with tempfile.TemporaryDirectory() as place:
-        make(Path(place), options.base)
-        for method in METHODS:
-            for _ in range(options.repeats):
-                for arm in ARMS:
-                    one = ["--base", options.base, "--images", str(options.images), "--one", f"{place}/{method}", arm]
-                    rows.append({"method": method, "arm": arm} | run_apart(one))
-    print(ratios(pd.DataFrame(rows)).to_string(index=False, float_format="{:.3f}".format))
+    tables = []
+    for method in METHODS:
+        spec = Cost(
+            options.base, method, ARMS, options.images, min(50, options.images), 25, "ddim", repeats=options.repeats
+        )
+        tables.append(ratios(pd.DataFrame(measurements(spec))).assign(method=method))
+    table = pd.concat(tables)[["method", "arm", "seconds", "memory", "seconds / cfg", "memory / cfg"]]
+    print(table.to_string(index=False, float_format="{:.3f}".format))
 
 
 def ratios(rows: pd.DataFrame) -> pd.DataFrame:
-    """Medians over repeats, and each arm's over CFG's of the same method."""
-    table = rows.groupby(["method", "arm"], sort=False).median().reset_index()
-    for column in ("seconds", "memory"):
-        cfg = table.method.map(table[table.arm == "cfg"].set_index("method")[column])
-        table[f"{column} / cfg"] = table[column] / cfg
-    return table
+    """Medians over repeats of each arm's seconds and memory, and these over CFG's."""
+    table = rows.groupby("arm", sort=False)[["seconds", "memory"]].median()
+    return table.join((table / table.loc["cfg"]).add_suffix(" / cfg")).reset_index()
 
 
 if __name__ == "__main__":
