@@ -9,6 +9,7 @@ their ratios mean anything. What was learned does not matter to the cost, so the
 network with small random changes.
 """
 
+import copy
 import json
 import subprocess
 import sys
@@ -26,16 +27,19 @@ import psutil
 import torch
 from diffusers.utils import convert_state_dict_to_diffusers
 from peft import LoraConfig, get_peft_model_state_dict
+from safetensors.torch import save_file
 from tqdm import tqdm
 
 from fx import results
 from fx.families import SAMPLERS, network, network_name
-from fx.finetune import LORA_LAYERS, METHODS
+from fx.finetune import LORA_LAYERS
+from fx.low_rank import strongest
 from fx.metrics import mean_interval
-from fx.models import PRECISIONS, ModelPair, load_pair, load_pipeline, model_folder
+from fx.models import LORA_FILE, PRECISIONS, ModelPair, load_pair, load_pipeline, model_folder
 from fx.sampling import ARMS, sample
 
 MEASUREMENTS = "measurements.json"
+METHODS = ("dreambooth", "lora", "low rank")
 SCALE = 3.0  # w' of the guided arms, which costs the same at any
 
 
@@ -43,8 +47,9 @@ SCALE = 3.0  # w' of the guided arms, which costs the same at any
 class Cost:
     """What to measure: some arms on one base model with one kind of fine-tuned model, taking turns.
 
-    images: sampled in each measurement, `batch_size` at a time; rank: of the LoRA; repeats: measurements of each arm, after
-    one that does not count.
+    method: "dreambooth", "lora", or "low rank", a whole network as its base and a difference of low rank (fx.low_rank);
+    images: sampled in each measurement, `batch_size` at a time; rank: of the LoRA or the difference; repeats: measurements
+    of each arm, after a round that does not count.
     """
 
     VERSION: ClassVar[int] = 1
@@ -116,15 +121,21 @@ def measured(spec: Cost) -> pd.DataFrame:
 
 
 def make(folder: Path, spec: Cost) -> None:
-    """A fine-tuned model of that method in `folder`: a whole pipeline (DreamBooth) or a LoRA, changed at random."""
+    """A fine-tuned model of that method, folder/tuned: a whole pipeline (DreamBooth) or a LoRA, changed at random."""
     pipeline = load_pipeline(spec.base)
-    torch.manual_seed(0)
-    if spec.method == "dreambooth":
-        for weight in network(pipeline).parameters():
-            weight += 1e-4 * torch.randn_like(weight)
-        pipeline.save_pretrained(folder / "tuned")
-        return
     model, name = network(pipeline), network_name(pipeline)
+    torch.manual_seed(0)
+    if spec.method != "lora":
+        before = copy.deepcopy(model) if spec.method == "low rank" else None
+        for weight in model.parameters():
+            weight += 1e-4 * torch.randn_like(weight)
+        if before is None:
+            pipeline.save_pretrained(folder / "tuned")
+            return
+        (folder / "tuned").mkdir()
+        factors, _ = strongest(before, model, spec.rank)
+        save_file({f"{name}.{key}": factor for key, factor in factors.items()}, folder / "tuned" / LORA_FILE)
+        return
     model.add_adapter(
         LoraConfig(r=spec.rank, lora_alpha=spec.rank, target_modules=LORA_LAYERS[name], init_lora_weights=False)
     )

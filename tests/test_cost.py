@@ -83,7 +83,7 @@ def test_a_ratio_is_the_geometric_mean_over_repeats_with_the_interval_of_the_log
         over(rows, "stock")
 
 
-@pytest.mark.parametrize("method", ["dreambooth", "lora"])
+@pytest.mark.parametrize("method", cost.METHODS)
 @pytest.mark.parametrize("family", ["sd1", "sd3"])
 def test_an_arm_loads_theta_only_where_it_asks_it(tmp_path, method, family):
     tiny.save(family, tmp_path / "base")
@@ -91,7 +91,7 @@ def test_an_arm_loads_theta_only_where_it_asks_it(tmp_path, method, family):
     cost.make(tmp_path, spec)
     pairs = {arm: cost.load_for(arm, spec, tmp_path) for arm in spec.arms}
     for arm, pair in pairs.items():
-        assert pair.one_network == (method == "lora" or arm != "finextract")
+        assert pair.one_network == (method != "dreambooth" or arm != "finextract")
         x, t = torch.randn(1, *latent_shape(pair.tuned)), torch.tensor(0.5 if family == "sd3" else 400)
         with torch.no_grad():
             base, tuned = (pair.predict(m, x, t, pair.condition(m, "a dog")) for m in ("base", "tuned"))
