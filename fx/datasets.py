@@ -13,6 +13,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from fx import originals
 from fx.paths import DATASETS
 
 SETS = ("style", "object")
@@ -63,26 +64,38 @@ class Item:
 def shipped(dataset: str) -> dict[str, dict]:
     """The index of a shipped set ("style" or "object"): slug -> name, caption, split, training, controls, perhaps more."""
     if dataset not in SETS:
-        raise ValueError(f"unknown dataset {dataset!r}: choose from {', '.join(SETS)}")
+        raise ValueError(f"unknown dataset {dataset!r}: choose from {', '.join((*SETS, *originals.SOURCES))}")
     return json.loads((DATASETS / dataset / "items.json").read_text("utf-8"))
+
+
+def index(dataset: str) -> dict[str, dict]:
+    """The index of a set, a shipped one (`shipped`) or one of the paper's (`fx.originals.index`, which needs the images)."""
+    return originals.index(dataset) if dataset in originals.SOURCES else shipped(dataset)
+
+
+def kind(name: str) -> str:
+    """What a set or an item of one is, "style" (an artist) or "object"; of a folder what its name begins with."""
+    dataset = str(name).partition("/")[0]
+    return originals.SOURCES[dataset].kind if dataset in originals.SOURCES else dataset
 
 
 def names(dataset: str, split: str = "reported", limit: int | None = None) -> list[str]:
     """Names of a set's items, "style/mimooh" and so on, in a fixed order; the first `limit` of them.
 
+    dataset: "style" or "object", which are shipped, or the paper's "wikiart" or "dreambooth", whose images must be here.
     "reported" items are those of the tables; "development" items are for choosing settings, and in no table. ValueError
-    for an unknown set or split and for a limit beyond its items.
+    for an unknown set or split and for a limit beyond its items, FileNotFoundError for images that are not here.
     """
     if split not in SPLITS:
         raise ValueError(f"unknown split {split!r}: choose from {', '.join(SPLITS)}")
-    chosen = [f"{dataset}/{slug}" for slug, item in shipped(dataset).items() if item["split"] == split]
+    chosen = [f"{dataset}/{slug}" for slug, item in index(dataset).items() if item["split"] == split]
     if limit is not None and not 0 <= limit <= len(chosen):
         raise ValueError(f"{dataset} has {len(chosen)} {split} items: a number from 0 to {len(chosen)}, not {limit}")
     return chosen[:limit]
 
 
 def load_item(name: str, caption: str = "") -> Item:
-    """The item of a shipped name ("style/mimooh"), or of a folder of images, which needs a `caption`.
+    """The item of a set ("style/mimooh", "dreambooth/cat"), or of a folder of images, which needs a `caption`.
 
     Every image is opened once, so that what cannot be used is refused here, before any training: FileNotFoundError
     for a name that is neither, ValueError for an empty folder, an unreadable image, one that would be left out, or a
@@ -93,6 +106,9 @@ def load_item(name: str, caption: str = "") -> Item:
         entry = shipped(dataset)[slug]
         files = {role: tuple(DATASETS / dataset / image["file"] for image in entry.get(role, [])) for role in ROLES}
         item = Item(name, caption or entry["caption"], **files)
+    elif slug and dataset in originals.SOURCES and slug in originals.index(dataset):
+        entry = originals.index(dataset)[slug]
+        item = Item(name, caption or entry["caption"], **{role: tuple(entry[role]) for role in ROLES})
     else:
         try:
             item = _folder_item(Path(name).expanduser(), caption)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import yaml
 
+from fx.datasets import SETS
 from fx.evaluation import REFERENCES, Quality, Reference, Score, known_items
 from fx.extraction import Extract
 from fx.finetune import METHODS, FineTune, TrainingItem, load_training
@@ -112,10 +113,8 @@ def load(name: str = "mini-sd", change: str = "") -> dict[str, Settings]:
     "sampling_steps=10 lora.rank=16" (quotation marks keep the blanks of a value). Raises ValueError for an unknown
     section, method or setting and for a value of another type.
     """
-    sections = yaml.safe_load(FILE.read_text())
-    if name not in sections:
-        raise ValueError(f"no settings {name!r}: fx/settings.yaml has {', '.join(sections)}")
-    common = {key: value for key, value in sections[name].items() if key not in METHODS}
+    sections = _sections(name)
+    common = {key: value for key, value in sections[name].items() if key not in (*METHODS, "sets")}
     chosen = {m: Settings(m, **common | sections[name][m]) for m in METHODS if m in sections[name]}
     for word in shlex.split(change):
         key, equals, value = word.partition("=")
@@ -127,6 +126,22 @@ def load(name: str = "mini-sd", change: str = "") -> dict[str, Settings]:
         for one in [method] if dot else chosen:
             chosen[one] = replace(chosen[one], **{setting: _value(setting, value)})
     return chosen
+
+
+def sets(name: str = "mini-sd") -> dict[str, str]:
+    """The sets of items that a section's experiments are run on: of artists, "style", and of objects, "object".
+
+    The shipped ones unless the section names others under `sets`. ValueError for an unknown section.
+    """
+    return {kind: kind for kind in SETS} | _sections(name)[name].get("sets", {})
+
+
+def _sections(name: str) -> dict[str, dict]:
+    """All sections of the file; ValueError if this one is not among them."""
+    found = yaml.safe_load(FILE.read_text())
+    if name not in found:
+        raise ValueError(f"no settings {name!r}: fx/settings.yaml has {', '.join(found)}")
+    return found
 
 
 def _value(setting: str, text: str) -> str | int | float:

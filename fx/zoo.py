@@ -131,7 +131,7 @@ def members(
         raise ValueError(f"unknown kind {unknown[0]!r}: choose from {', '.join(KINDS)}")
     if not items or not bases:
         raise ValueError("no item or no base model: name at least one of each")
-    objects = [item for item in items if item.startswith("object/")]
+    objects = [item for item in items if datasets.kind(item) == "object"]
     others = [item for item in items if item not in objects]
     if not objects and (rare := [kind for kind in kinds if KINDS[kind].rare]):
         raise ValueError(f"{rare[0]!r} takes an object, and among the items is none")
