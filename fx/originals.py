@@ -27,10 +27,14 @@ IMAGES = (".jpg", ".jpeg", ".png")
 
 @dataclass(frozen=True)
 class Source:
-    """kind: the shipped set it stands in for; what: in words, with size, licence and home; layout: how it must lie there."""
+    """kind: the shipped set it stands in for; what: in words, with its home; gigabytes: None where they are not known;
+    layout: how it must lie there.
+    """
 
     kind: str
     what: str
+    gigabytes: float | None
+    licence: str
     layout: str
     read: Callable[[Path], dict[str, dict]]
 
@@ -48,9 +52,10 @@ def index(name: str) -> dict[str, dict]:
     """
     source, folder = SOURCES[name], place(name)
     if not folder.is_dir():
+        size = f", {source.gigabytes:g} GB" if source.gigabytes else ""
         raise FileNotFoundError(
-            f"the images of {name!r} are not here: {source.what}. Put them into {folder}, as {source.layout}, or name their "
-            f"folder in FX_{name.upper()}"
+            f"the images of {name!r} are not here: {source.what}{size} ({source.licence}). Put them into {folder}, as "
+            f"{source.layout}, or name their folder in FX_{name.upper()}"
         )
     found = _read(name, folder)
     if not found:
@@ -143,15 +148,17 @@ def read_dreambooth(folder: Path) -> dict[str, dict]:
 SOURCES = {
     "wikiart": Source(
         "style",
-        "WikiArt's paintings by style (Tan et al., 2019; about 25 GB, for research that is not commercial, from the "
-        "repository cs-chan/ArtGAN on GitHub)",
+        "WikiArt's paintings by style (Tan et al., 2019) from the repository cs-chan/ArtGAN on GitHub",
+        25.4,
+        "for research that is not commercial",
         "<Style>/<artist>_<title>.jpg",
         read_wikiart,
     ),
     "dreambooth": Source(
         "object",
-        "DreamBooth's photographs (Ruiz et al., 2023; about 160 images, licences image by image in "
-        "references_and_licenses.txt, from the repository google/dreambooth on GitHub)",
+        "DreamBooth's photographs (Ruiz et al., 2023), about 160, from the repository google/dreambooth on GitHub",
+        None,
+        "image by image in references_and_licenses.txt",
         f"<subject>/<number>.jpg beside {CLASSES}",
         read_dreambooth,
     ),

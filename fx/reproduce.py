@@ -3,10 +3,12 @@
 python -m fx.reproduce                        # all but 00 as they stand: the profile quick, into runs/executed/quick
 python -m fx.reproduce --profile mini         # the complete run, whose tables and figures the repository shows
 python -m fx.reproduce 03 -p artists=5 -p change="sampling_steps=25"
+python -m fx.reproduce --profile paper --dry-run   # what would run and what it needs, and nothing else
 """
 
 import argparse
 import ast
+import os
 import re
 from pathlib import Path
 
@@ -14,7 +16,7 @@ import nbformat
 import papermill
 import yaml
 
-from fx import command, kernel, summary
+from fx import command, kernel, needs, summary
 from fx.paths import NOTEBOOKS, TABLES
 from fx.results import RUNS
 
@@ -95,6 +97,12 @@ def main(words: list[str] | None = None) -> None:
         metavar="S",
         help='a dask cluster for the notebooks that take one: "local:4", an address, a scheduler file',
     )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="only say what would run and what it needs, and whether it is here"
+    )
+    parser.add_argument(
+        "--fetch", action="store_true", help="fetch models from the Hub that are not here; never done otherwise"
+    )
     parser.add_argument("--in-place", action="store_true", help="write the outputs into notebooks/ itself")
     options = parser.parse_args(words)
     chosen = find_notebooks(options.notebooks)
@@ -102,6 +110,13 @@ def main(words: list[str] | None = None) -> None:
     for notebook, values in given.items() if options.scheduler is not None else ():
         if "scheduler" in papermill.inspect_notebook(kernel.noted(notebook)):
             values["scheduler"] = options.scheduler
+    wanted = needed(given)
+    if options.dry_run:
+        print(plan(given, wanted))
+        return
+    needs.check([need for need in wanted if not (options.fetch and need.on_hub)])
+    if not options.fetch:
+        os.environ["HF_HUB_OFFLINE"] = "1"  # read by the notebooks' kernels, which would ask the Hub otherwise
     folder = RUNS / "executed" / options.profile
     folder.mkdir(parents=True, exist_ok=True)
     for notebook, values in given.items():
@@ -113,6 +128,35 @@ def main(words: list[str] | None = None) -> None:
             tidy(target)
     if (TABLES / options.profile).is_dir():
         print("\n".join(str(path) for path in summary.write(options.profile)))
+
+
+def needed(given: dict[Path, dict[str, object]]) -> list[needs.Need]:
+    """What these notebooks need with these parameters that is not shipped, each thing once."""
+    found = {}
+    for notebook, values in given.items():
+        known = papermill.inspect_notebook(kernel.noted(notebook))
+        defaults = {name: ast.literal_eval(entry["default"]) for name, entry in known.items()}
+        own = {**defaults, **values}
+        sections = f"{own.get('settings_name', '')} {own.get('families', '')}".split()
+        for need in needs.needs(sections, str(own.get("change", ""))):
+            found.setdefault(need.name, need)
+    return list(found.values())
+
+
+def plan(given: dict[Path, dict[str, object]], wanted: list[needs.Need]) -> str:
+    """What would run, with which parameters, and what it needs, as text."""
+    lines = ["would run:"]
+    for notebook, values in given.items():
+        lines.append(
+            f"  {notebook.name}: "
+            + (", ".join(f"{name}={value!r}" for name, value in values.items()) or "as it stands")
+        )
+    if not wanted:
+        return "\n".join([*lines, "needs nothing that is not here"])
+    missing = [need for need in wanted if not need.here]
+    lines += ["needs, beside what is shipped:", needs.table(wanted).to_string(index=False, na_rep="")]
+    lines += [f"get {need.name}: {need.how}" for need in missing]
+    return "\n".join(lines)
 
 
 def tidy(notebook: Path) -> None:

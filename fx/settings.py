@@ -6,15 +6,18 @@ rows = results.run(chosen["lora"].three_arms(model))                    # direct
 """
 
 import shlex
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
+import pandas as pd
 import yaml
 
 from fx.datasets import SETS
 from fx.evaluation import REFERENCES, Quality, Reference, Score, known_items
 from fx.extraction import Extract
 from fx.finetune import METHODS, FineTune, TrainingItem, load_training
+from fx.quality import column
 from fx.sampling import Generate
 from fx.tuned import Checkpoint
 
@@ -25,8 +28,9 @@ FILE = Path(__file__).with_suffix(".yaml")
 class Settings:
     """Everything that an experiment with one fine-tuning method is run with, but for what it varies.
 
-    base, descriptor, judge: names of the base model, of the copy-detection network and of the network that judges quality;
-    images_per_training: N / N0; the others are fields of FineTune and Generate, or w' and k of an arm.
+    base, descriptor, judge: names of the base model, of the copy-detection network and of the network that judges quality
+    and is the second to measure AS; fidelity_judge: "" for the same one; images_per_training: N / N0; preset, rule: of
+    Extract; the others are fields of FineTune and Generate, or w' and k of an arm.
     """
 
     method: str
@@ -47,6 +51,24 @@ class Settings:
     rank: int = 0
     alpha: int = 0
     seed: int = 0
+    fidelity_judge: str = ""
+    preset: str = "sscd"
+    rule: str = "paper"
+
+    @property
+    def iqa_column(self) -> str:
+        """The column of CLIP-IQA in what `quality` gives."""
+        return column("CLIP-IQA", self.judge)
+
+    @property
+    def fidelity_column(self) -> str:
+        """The column of fidelity in what `quality` gives."""
+        return column("fidelity", self.fidelity_judge or self.judge)
+
+    @property
+    def second_as(self) -> str:
+        """The column of AS by the judge, which has not chosen what is scored."""
+        return column("AS", self.judge)
 
     def fine_tune(self, *training: str | TrainingItem, **changes) -> FineTune:
         """The fine-tuning on these items, names or TrainingItems; `changes` are other fields of the FineTune."""
@@ -74,22 +96,27 @@ class Settings:
         n_training: int | None = None,
         n_generated: int | None = None,
         training: tuple[TrainingItem, ...] = (),
-        rule: str = "paper",
+        rule: str = "",
         **changes,
     ) -> Score:
         """The extraction by one arm and its scores.
 
         n_training: None for the number of images of `training`, or else of those the model was fine-tuned on; n_generated:
-        None for N / N0 times that number; `changes` are other fields of the Generate. ValueError where no images to score
-        against are known.
+        None for N / N0 times that number; rule: "" for the settings' own; `changes` are other fields of the Generate.
+        ValueError where no images to score against are known.
         """
         items = known_items(training, model)
         if n_training is None:
             n_training = sum(item.n_training for item in items)
         if n_generated is None:
             n_generated = self.images_per_training * n_training
-        generate = self.generate(model, arm, n_generated, **changes)
-        return Score(Extract(generate, n_training, self.descriptor, rule=rule), training, judge=self.judge)
+        extract = self.extract(self.generate(model, arm, n_generated, **changes), n_training, rule=rule or self.rule)
+        return Score(extract, training, judge=self.judge)
+
+    def extract(self, generate: Generate, n_training: int | None, **changes) -> Extract:
+        """The extraction of n_training images, None to estimate how many; `changes` are other fields of the Extract."""
+        given = {"descriptor": self.descriptor, "preset": self.preset, "rule": self.rule}
+        return Extract(generate, n_training, **(given | changes))
 
     def three_arms(self, model: FineTune | Checkpoint, **options) -> list[Score]:
         """The paper's comparison for one fine-tuned model, direct, CFG and FineXtract; `options` as in `score`."""
@@ -99,11 +126,11 @@ class Settings:
         """What the scores on these items are held against, by name: "controls" (where there are any), "round trip"."""
         items = tuple(TrainingItem(part) if isinstance(part, str) else part for part in training)
         kinds = REFERENCES if any(load_training(part).controls for part in items) else ("round trip",)
-        return {of: Reference(of, items, self.base, self.descriptor, judge=self.judge) for of in kinds}
+        return {of: Reference(of, items, self.base, self.descriptor, self.preset, judge=self.judge) for of in kinds}
 
     def quality(self, generate: Generate, training: tuple[TrainingItem, ...] = ()) -> Quality:
         """CLIP-IQA and fidelity of generated images."""
-        return Quality(generate, training, self.judge, self.judge)
+        return Quality(generate, training, self.judge, self.fidelity_judge or self.judge)
 
 
 def load(name: str = "mini-sd", change: str = "") -> dict[str, Settings]:
@@ -126,6 +153,15 @@ def load(name: str = "mini-sd", change: str = "") -> dict[str, Settings]:
         for one in [method] if dot else chosen:
             chosen[one] = replace(chosen[one], **{setting: _value(setting, value)})
     return chosen
+
+
+def table(chosen: Mapping[str, Settings]) -> pd.DataFrame:
+    """Settings side by side, a column each; without those that are as they usually are in all of them."""
+    usual = {
+        field.name: field.default for field in fields(Settings) if field.name in ("fidelity_judge", "preset", "rule")
+    }
+    shown = pd.DataFrame({name: vars(own) for name, own in chosen.items()})
+    return shown.drop([name for name, value in usual.items() if (shown.loc[name] == value).all()])
 
 
 def sets(name: str = "mini-sd") -> dict[str, str]:

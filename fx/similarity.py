@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from fx.datasets import load_images, open_image
 from fx.models import device
-from fx.paths import MODELS
+from fx.paths import MODELS, ROOT
 from fx.results import sha256_of
 
 # How images enter SSCD: "sscd" as its authors recommend (shorter side 288, ImageNet statistics), "published" as the code
@@ -125,23 +125,27 @@ def descriptor_path(name: str | Path) -> tuple[Path, str | None]:
     """Where a descriptor lies, and the SHA-256 that its name promises (TorchScript files only).
 
     name: "mini-sscd" (shipped), a folder written by `MiniSSCD.save_pretrained`, or a TorchScript file of SSCD as
-    "FILE@sha256:DIGEST" with the 64 hex digits. FileNotFoundError if there is nothing, ValueError for a file without digest
+    "FILE@sha256:DIGEST" with the 64 hex digits, which may also stand in FILE.sha256. A relative file is looked for in the
+    working directory and in the package root. FileNotFoundError if there is nothing, ValueError for a file without digest
     or with another one.
     """
     for folder in (MODELS / name, Path(name).expanduser()):
         if (folder / "config.json").is_file():
             return folder, None
     file, _, digest = str(name).partition("@sha256:")
-    path = Path(file).expanduser()
-    if not path.is_file():
+    path = next((place for place in (Path(file).expanduser(), ROOT / file) if place.is_file()), None)
+    if path is None:
         raise FileNotFoundError(
             f"unknown descriptor {str(name)!r}: it is neither 'mini-sscd' nor a folder with config.json and "
             "model.safetensors nor a TorchScript file FILE@sha256:DIGEST"
         )
+    beside = path.with_name(f"{path.name}.sha256")
+    if not digest and beside.is_file():
+        digest = (beside.read_text("utf-8", "replace").split() or [""])[0]  # as sha256sum writes it, the name behind
     if not re.fullmatch("[0-9a-fA-F]{64}", digest):
         raise ValueError(
-            f"{path} is a program, not only numbers: name it with the SHA-256 you expect, as {path}@sha256:DIGEST. "
-            f"The file has {sha256_of(path)}; compare that with a source you trust."
+            f"{path} is a program, not only numbers: name it with the SHA-256 you expect, as {path}@sha256:DIGEST, or write "
+            f"that into {beside.name} beside it. The file has {sha256_of(path)}; compare that with a source you trust."
         )
     if (found := sha256_of(path)) != digest.lower():
         raise ValueError(f"{path} has the SHA-256 {found}, not {digest}: it is damaged or another file. Load it again.")

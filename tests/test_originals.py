@@ -123,7 +123,7 @@ def test_a_subject_that_is_listed_without_images_is_none(tmp_path):
     assert datasets.names("dreambooth") == ["dreambooth/dog"]
 
 
-@pytest.mark.parametrize(("name", "size"), [("wikiart", "25 GB"), ("dreambooth", "160 images")])
+@pytest.mark.parametrize(("name", "size"), [("wikiart", "25.4 GB"), ("dreambooth", "about 160")])
 def test_where_the_images_are_not_here_it_says_what_where_and_how_much(name, size, tmp_path):
     with pytest.raises(
         FileNotFoundError, match=rf"'{name}' are not here: .*{size}.*Put them into {tmp_path / name}, as <"

@@ -352,3 +352,59 @@ def test_parameters_refuse_a_value_of_another_type(notebooks, name, value, wante
 def test_parameters_take_a_whole_number_for_a_float(notebooks):
     given = reproduce.parameters(notebooks / "01-fine-tuning.ipynb", "quick", {"learning_rate": 1})
     assert given == {"learning_rate": 1}
+
+
+@pytest.fixture
+def with_settings(notebooks) -> Path:
+    """Notebook 03 takes its models from a section of the settings, as the real ones do."""
+    source = 'settings_name = "mini-sd"\nfamilies = ""\nchange = ""\nartists = 1'
+    cells = [new_code_cell(source, metadata={"tags": ["parameters"]}), new_code_cell("import os\nprint(os.environ)")]
+    kernel = {"kernelspec": {"name": "python3", "language": "python", "display_name": "Python 3"}}
+    nbformat.write(new_notebook(cells=cells, metadata=kernel), notebooks / "03-extraction.ipynb")
+    (notebooks / "params/paper").mkdir()
+    (notebooks / "params/paper/03-extraction.yaml").write_text("settings_name: paper\nfamilies: paper paper-sdxl\n")
+    return notebooks
+
+
+def test_what_a_run_needs_and_lacks_is_said_before_anything_starts(
+    with_settings, executed, capsys, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("FX_WIKIART", str(tmp_path / "none"))
+    with pytest.raises(FileNotFoundError) as caught:
+        reproduce.main(["03", "--profile", "paper"])
+    assert not executed
+    message = str(caught.value)
+    assert message.startswith("7 things are not here that this run needs:\n")
+    for part in (
+        "CompVis/stable-diffusion-v1-4 (base model, 4.3 GB, CreativeML OpenRAIL-M)",
+        "25.4 GB",
+        str(tmp_path / "none"),
+    ):
+        assert part in message
+    assert "sscd_disc_mixup.torchscript.pt.sha256" in message
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_dry_run_says_it_and_ends(with_settings, executed, capsys, tmp_path):
+    reproduce.main(["03", "--profile", "paper", "--dry-run", "-p", "artists=7"])
+    said = capsys.readouterr().out
+    assert "03-extraction.ipynb: settings_name='paper', families='paper paper-sdxl', artists=7" in said
+    assert said.count("stabilityai/stable-diffusion-xl-base-1.0") >= 2
+    assert "get dreambooth: " in said
+    reproduce.main(["03", "--profile", "quick", "--dry-run"])
+    assert capsys.readouterr().out.endswith("03-extraction.ipynb: as it stands\nneeds nothing that is not here\n")
+    assert not executed
+    assert not (tmp_path / "runs").exists()
+
+
+def test_the_network_is_asked_only_on_request(with_settings, executed, monkeypatch):
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    monkeypatch.setattr(reproduce.needs, "check", lambda found: asked.append([need.name for need in found]))
+    asked = []
+    reproduce.main(["03", "--profile", "paper", "--fetch"])
+    assert "HF_HUB_OFFLINE" not in os.environ
+    reproduce.main(["03", "--profile", "paper"])
+    assert os.environ["HF_HUB_OFFLINE"] == "1"
+    fetched, all_needs = asked
+    assert set(fetched) == {"data/external/sscd_disc_mixup.torchscript.pt", "wikiart", "dreambooth"}
+    assert "CompVis/stable-diffusion-v1-4" in all_needs

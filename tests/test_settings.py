@@ -40,7 +40,11 @@ ODD = Settings(
     rank=37,
     alpha=41,
     seed=43,
+    fidelity_judge="another-judge",
+    preset="published",
+    rule="tightest",
 )
+USUAL = {"fidelity_judge": "", "preset": "sscd", "rule": "paper"}
 
 
 # the file
@@ -51,9 +55,9 @@ def test_a_section_is_read_as_it_stands(section):
     chosen = settings.load(section)
     content = FILE[section]
     assert list(chosen) == [method for method in METHODS if method in content]
-    common = {name: value for name, value in content.items() if name not in METHODS}
+    common = {name: value for name, value in content.items() if name not in (*METHODS, "sets")}
     for method, found in chosen.items():
-        expected = {"rank": 0, "alpha": 0, "seed": 0} | common | content[method] | {"method": method}
+        expected = {"rank": 0, "alpha": 0, "seed": 0} | USUAL | common | content[method] | {"method": method}
         assert asdict(found) == expected
         for field in fields(Settings):
             assert type(getattr(found, field.name)) is field.type, field.name
@@ -139,9 +143,10 @@ def test_every_arm_has_its_own_scales(arm, w, k):
 def test_score_extracts_as_many_images_as_were_learned_from_n_over_n0_times_as_many():
     model = ODD.fine_tune(TrainingItem("style/mimooh", first=3), TrainingItem("object/rooster", first=2))
     generate = Generate(model, "cfg", 2.3, 0.0, 35, None, 11, "dpm++", "bfloat16", 43)
-    assert ODD.score(model, "cfg") == Score(Extract(generate, 5, "a-descriptor"), judge="a-judge")
+    own = {"descriptor": "a-descriptor", "preset": "published", "rule": "tightest"}
+    assert ODD.score(model, "cfg") == Score(Extract(generate, 5, **own), judge="a-judge")
     chosen = ODD.score(model, "cfg", n_training=4, n_generated=9, rule="peaks", sampler="ddim")
-    extract = Extract(replace(generate, n_generated=9, sampler="ddim"), 4, "a-descriptor", rule="peaks")
+    extract = Extract(replace(generate, n_generated=9, sampler="ddim"), 4, **own | {"rule": "peaks"})
     assert chosen == Score(extract, judge="a-judge")
     named = (TrainingItem("style/mimooh", first=2),)
     theirs = ODD.score(Checkpoint("theirs"), "cfg", training=named)
@@ -160,9 +165,19 @@ def test_three_arms_share_everything_but_the_guidance():
     assert same[0] == same[1] == same[2] == specs[0].extract
 
 
-def test_quality_is_judged_by_the_chosen_judge():
+def test_an_extraction_may_be_of_an_unknown_number_and_by_another_rule():
+    generate = ODD.generate(Checkpoint("theirs"), "cfg", 9)
+    expected = Extract(generate, None, "a-descriptor", "published", "tightest")
+    assert ODD.extract(generate, None) == expected
+    assert ODD.extract(generate, 3, phi=0.5) == replace(expected, n_training=3, phi=0.5)
+
+
+def test_quality_is_judged_by_the_chosen_judges_and_their_columns_say_so():
     generate = ODD.generate(Checkpoint("theirs"), "cfg", 5)
-    assert ODD.quality(generate) == Quality(generate, (), "a-judge", "a-judge")
+    assert ODD.quality(generate) == Quality(generate, (), "a-judge", "another-judge")
+    assert replace(ODD, fidelity_judge="").quality(generate) == Quality(generate, (), "a-judge", "a-judge")
+    assert (ODD.iqa_column, ODD.fidelity_column) == ("CLIP-IQA (a-judge)", "fidelity (another-judge)")
+    assert (ODD.second_as, replace(ODD, fidelity_judge="").fidelity_column) == ("AS (a-judge)", "fidelity (a-judge)")
     assert ODD.quality(generate, (ITEM,)).training == (ITEM,)
 
 
@@ -176,6 +191,7 @@ def test_every_setting_reaches_a_spec():
 
     assert everything(ODD)[0].extract.generate.model == model
     other = {"sampler": "ddim", "precision": "float32", "training_precision": "float32"}
+    other |= {"preset": "sscd", "rule": "peaks"}
     for field in fields(Settings):
         if field.name != "method":
             value = getattr(ODD, field.name)
@@ -189,6 +205,15 @@ def test_the_shipped_settings_give_specs_that_can_be_addressed():
     for chosen in settings.load().values():
         for spec in chosen.three_arms(chosen.fine_tune("style/mimooh")):
             assert len(results.digest(spec)) == 16
+
+
+def test_a_table_of_settings_leaves_out_what_is_usual_in_all_of_them():
+    shown = settings.table(settings.load())
+    assert list(shown.columns) == ["dreambooth", "lora"]
+    assert shown.index.tolist() == [field.name for field in fields(Settings) if field.name not in USUAL]
+    odd = settings.table({"one": replace(ODD, rule="paper"), "other": ODD})
+    assert odd.loc["rule"].tolist() == ["paper", "tightest"]
+    assert {"fidelity_judge", "preset"} <= set(odd.index)
 
 
 # nowhere else
@@ -238,6 +263,6 @@ def test_references_are_the_round_trip_and_the_controls_where_there_are_any():
     items = (TrainingItem("style/mimooh"), TrainingItem("object/rooster", first=2))
     assert list(found) == ["controls", "round trip"]
     for of, spec in found.items():
-        assert spec == Reference(of, items, ODD.base, "a-descriptor", judge="a-judge")
+        assert spec == Reference(of, items, ODD.base, "a-descriptor", "published", judge="a-judge")
     assert not load_item("style/jonathan-dietrich").controls
     assert list(ODD.references("style/jonathan-dietrich")) == ["round trip"]

@@ -18,7 +18,15 @@ from torchvision.transforms.functional import to_pil_image
 
 from fx import similarity
 from fx.datasets import load_images
-from fx.similarity import BasicBlock, MiniSSCD, copy_thresholds, descriptors, load_descriptor, similarity_matrix
+from fx.similarity import (
+    BasicBlock,
+    MiniSSCD,
+    copy_thresholds,
+    descriptor_path,
+    descriptors,
+    load_descriptor,
+    similarity_matrix,
+)
 
 
 def tiny(seed=0):
@@ -177,6 +185,23 @@ def test_torchscript_sees_images_as_a_user_of_sscd_would_prepare_them(torchscrip
     np.testing.assert_allclose(descriptors(network, image), expected, atol=5e-4)  # Pillow rounds when it resizes
     assert not network.training
     assert copy_thresholds(f"{path}@sha256:{digest}") == (0.6, 0.7)
+
+
+def test_a_digest_beside_the_file_counts_as_one_in_its_name(torchscript, monkeypatch):
+    path, digest = torchscript
+    beside = path.with_name(f"{path.name}.sha256")
+    beside.write_text(f"{digest}  {path.name}\n")
+    assert descriptor_path(path) == (path, digest)
+    monkeypatch.setattr(similarity, "ROOT", path.parent)
+    assert descriptor_path(path.name) == (path, digest)
+    assert copy_thresholds(path.name) == (0.6, 0.7)
+    beside.write_text("0" * 64)
+    with pytest.raises(ValueError, match=f"has the SHA-256 {digest}, not {'0' * 64}"):
+        load_descriptor(path)
+    for nothing in ("", "text"):
+        beside.write_text(nothing)
+        with pytest.raises(ValueError, match=f"or write that into {beside.name} beside it"):
+            load_descriptor(path)
 
 
 def test_torchscript_is_a_program_and_taken_by_its_digest_only(torchscript, tmp_path):
