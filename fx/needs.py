@@ -13,7 +13,7 @@ import pandas as pd
 from huggingface_hub import try_to_load_from_cache
 
 from fx import originals, settings
-from fx.paths import MODELS
+from fx.paths import EXTERNAL, MODELS
 from fx.similarity import descriptor_path
 
 # what a person must know before fetching: gigabytes of the weights that are read (float32), and the licence
@@ -24,11 +24,11 @@ KNOWN = {
     "BAAI/AltDiffusion": (6.1, "CreativeML OpenRAIL-M"),
     "openai/clip-vit-base-patch16": (0.6, "MIT"),
     "facebook/dino-vits16": (0.1, "Apache-2.0"),
-    "data/external/sscd_disc_mixup.torchscript.pt": (0.1, "MIT"),
-    "data/external/sscd_disc_large.torchscript.pt": (0.2, "MIT"),
+    "sscd_disc_mixup.torchscript.pt": (0.1, "MIT"),
+    "sscd_disc_large.torchscript.pt": (0.2, "MIT"),
 }
 HUB = "from the Hugging Face Hub: hf download {}"
-SSCD = "from facebookresearch/sscd-copy-detection on GitHub into data/external, with its SHA-256 in {}.sha256 beside it"
+SSCD = "from facebookresearch/sscd-copy-detection on GitHub; into {}, with its SHA-256 in {}.sha256 beside it"
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ def needs(sections: Iterable[str], changes: str = "") -> list[Need]:
         for name in settings.sets(section).values():
             if name in originals.SOURCES:
                 source, place = originals.SOURCES[name], originals.place(name)
-                how = f"{source.what}; into {place}, as {source.layout}, or its folder named in FX_{name.upper()}"
+                how = f"{source.what}; into {place}, as {source.layout}"
                 found.setdefault(name, Need(name, "images", place.is_dir(), how, source.gigabytes, source.licence))
     return list(found.values())
 
@@ -73,7 +73,7 @@ def needs(sections: Iterable[str], changes: str = "") -> list[Need]:
 def _need(name: str, role: str) -> Need:
     gigabytes, licence = KNOWN.get(name.partition("@")[0], (None, ""))
     if role == "descriptor":
-        return Need(name, role, _has_descriptor(name), SSCD.format(Path(name).name), gigabytes, licence)
+        return Need(name, role, _has_descriptor(name), SSCD.format(EXTERNAL, Path(name).name), gigabytes, licence)
     return Need(name, role, has_model(name), HUB.format(name.partition("@")[0]), gigabytes, licence)
 
 

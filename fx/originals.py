@@ -7,7 +7,6 @@ Nothing is fetched. Their items are like the shipped ones: "wikiart" and "dreamb
 """
 
 import hashlib
-import os
 import warnings
 from collections import defaultdict
 from collections.abc import Callable
@@ -15,7 +14,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from fx.paths import DATA
+from fx.paths import EXTERNAL
 
 N_TRAINING, N_CONTROLS, N_MORE = 10, 10, 40  # works of an artist; the paper has 10 and, in Fig. 4a, up to 50
 REPORTED, DEVELOPMENT = 20, 4  # artists
@@ -40,8 +39,8 @@ class Source:
 
 
 def place(name: str) -> Path:
-    """Where the images of a set are looked for: data/external/<name>, or what FX_WIKIART and FX_DREAMBOOTH name."""
-    return Path(os.environ.get(f"FX_{name.upper()}") or DATA / "external" / name).expanduser()
+    """Where the images of a set are looked for: data/external/<name>, or below what FX_EXTERNAL names."""
+    return EXTERNAL / name
 
 
 def index(name: str) -> dict[str, dict]:
@@ -54,8 +53,8 @@ def index(name: str) -> dict[str, dict]:
     if not folder.is_dir():
         size = f", {source.gigabytes:g} GB" if source.gigabytes else ""
         raise FileNotFoundError(
-            f"the images of {name!r} are not here: {source.what}{size} ({source.licence}). Put them into {folder}, as "
-            f"{source.layout}, or name their folder in FX_{name.upper()}"
+            f"the images of {name!r} are not here: {source.what}{size} ({source.licence}). Put them, or a link to them, "
+            f"into {folder}, as {source.layout}"
         )
     found = _read(name, folder)
     if not found:

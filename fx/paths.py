@@ -10,6 +10,8 @@ MODELS = DATA / "models"
 PAPER = DATA / "paper"
 SHIPPED_TABLES = DATA / "results"
 SHIPPED_FIGURES = ROOT / "figures"
+# What is not shipped and a person puts there: the paper's images and descriptor. FX_EXTERNAL moves it.
+EXTERNAL = ROOT / Path(os.environ.get("FX_EXTERNAL") or "data/external").expanduser()
 # Where tables and figures are written. FX_OUTPUTS moves both: a test run leaves the committed ones alone.
 OUTPUTS = ROOT / Path(os.environ.get("FX_OUTPUTS") or "").expanduser()
 TABLES = OUTPUTS / "data" / "results"

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from fx.datasets import load_images, open_image
 from fx.models import device
-from fx.paths import MODELS, ROOT
+from fx.paths import EXTERNAL, MODELS
 from fx.results import sha256_of
 
 # How images enter SSCD: "sscd" as its authors recommend (shorter side 288, ImageNet statistics), "published" as the code
@@ -126,14 +126,14 @@ def descriptor_path(name: str | Path) -> tuple[Path, str | None]:
 
     name: "mini-sscd" (shipped), a folder written by `MiniSSCD.save_pretrained`, or a TorchScript file of SSCD as
     "FILE@sha256:DIGEST" with the 64 hex digits, which may also stand in FILE.sha256. A relative file is looked for in the
-    working directory and in the package root. FileNotFoundError if there is nothing, ValueError for a file without digest
+    working directory and in data/external. FileNotFoundError if there is nothing, ValueError for a file without digest
     or with another one.
     """
     for folder in (MODELS / name, Path(name).expanduser()):
         if (folder / "config.json").is_file():
             return folder, None
     file, _, digest = str(name).partition("@sha256:")
-    path = next((place for place in (Path(file).expanduser(), ROOT / file) if place.is_file()), None)
+    path = next((place for place in (Path(file).expanduser(), EXTERNAL / file) if place.is_file()), None)
     if path is None:
         raise FileNotFoundError(
             f"unknown descriptor {str(name)!r}: it is neither 'mini-sscd' nor a folder with config.json and "

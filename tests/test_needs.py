@@ -7,7 +7,7 @@ import socket
 import pytest
 import torch
 
-from fx import needs, settings
+from fx import needs, originals, settings
 from fx.paths import MODELS
 
 
@@ -15,8 +15,7 @@ from fx.paths import MODELS
 def elsewhere(monkeypatch, tmp_path):
     """The cache of the Hub and the folders of images are empty ones, and nobody may open a connection."""
     monkeypatch.setattr(needs, "try_to_load_from_cache", lambda *_, **__: None)
-    for name in ("WIKIART", "DREAMBOOTH"):
-        monkeypatch.setenv(f"FX_{name}", str(tmp_path / name.lower()))
+    monkeypatch.setattr(originals, "EXTERNAL", tmp_path)
 
     def refuse(*_, **__):
         raise AssertionError("the network was asked")
@@ -37,12 +36,12 @@ def test_the_papers_section_needs_its_models_and_images_each_once():
     own = found("paper", "published", "paper-sdxl", "paper")
     assert list(own) == [
         "CompVis/stable-diffusion-v1-4",
-        "data/external/sscd_disc_mixup.torchscript.pt",
+        "sscd_disc_mixup.torchscript.pt",
         "openai/clip-vit-base-patch16",
         "facebook/dino-vits16",
         "wikiart",
         "dreambooth",
-        "data/external/sscd_disc_large.torchscript.pt",
+        "sscd_disc_large.torchscript.pt",
         "stabilityai/stable-diffusion-xl-base-1.0",
     ]
     assert not any(need.here for need in own.values())

@@ -13,8 +13,7 @@ from fx import datasets, originals, settings
 @pytest.fixture(autouse=True)
 def fresh(monkeypatch, tmp_path):
     """Both folders are looked for below tmp_path."""
-    for name in originals.SOURCES:
-        monkeypatch.setenv(f"FX_{name.upper()}", str(tmp_path / name))
+    monkeypatch.setattr(originals, "EXTERNAL", tmp_path)
     originals._read.cache_clear()
     yield
     originals._read.cache_clear()
@@ -126,7 +125,8 @@ def test_a_subject_that_is_listed_without_images_is_none(tmp_path):
 @pytest.mark.parametrize(("name", "size"), [("wikiart", "25.4 GB"), ("dreambooth", "about 160")])
 def test_where_the_images_are_not_here_it_says_what_where_and_how_much(name, size, tmp_path):
     with pytest.raises(
-        FileNotFoundError, match=rf"'{name}' are not here: .*{size}.*Put them into {tmp_path / name}, as <"
+        FileNotFoundError,
+        match=rf"'{name}' are not here: .*{size}.*Put them, or a link to them, into {tmp_path / name}, as <",
     ):
         datasets.names(name)
     (tmp_path / name).mkdir()
@@ -139,11 +139,6 @@ def test_photographs_without_their_list_are_refused(tmp_path):
     paint(tmp_path / "dreambooth/dog/00.jpg", 0)
     with pytest.raises(ValueError, match=r"holds no prompts_and_classes\.txt"):
         datasets.names("dreambooth")
-
-
-def test_without_the_variable_they_are_looked_for_in_data_external(monkeypatch):
-    monkeypatch.delenv("FX_WIKIART")
-    assert originals.place("wikiart") == originals.DATA / "external/wikiart"
 
 
 def test_an_unknown_item_of_them_is_no_folder_either(tmp_path):

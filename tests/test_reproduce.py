@@ -369,7 +369,7 @@ def with_settings(notebooks) -> Path:
 def test_what_a_run_needs_and_lacks_is_said_before_anything_starts(
     with_settings, executed, capsys, tmp_path, monkeypatch
 ):
-    monkeypatch.setenv("FX_WIKIART", str(tmp_path / "none"))
+    monkeypatch.setattr(reproduce.needs.originals, "EXTERNAL", tmp_path / "none")
     with pytest.raises(FileNotFoundError) as caught:
         reproduce.main(["03", "--profile", "paper"])
     assert not executed
@@ -406,5 +406,5 @@ def test_the_network_is_asked_only_on_request(with_settings, executed, monkeypat
     reproduce.main(["03", "--profile", "paper"])
     assert os.environ["HF_HUB_OFFLINE"] == "1"
     fetched, all_needs = asked
-    assert set(fetched) == {"data/external/sscd_disc_mixup.torchscript.pt", "wikiart", "dreambooth"}
+    assert set(fetched) == {"sscd_disc_mixup.torchscript.pt", "wikiart", "dreambooth"}
     assert "CompVis/stable-diffusion-v1-4" in all_needs

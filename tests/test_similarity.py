@@ -192,7 +192,7 @@ def test_a_digest_beside_the_file_counts_as_one_in_its_name(torchscript, monkeyp
     beside = path.with_name(f"{path.name}.sha256")
     beside.write_text(f"{digest}  {path.name}\n")
     assert descriptor_path(path) == (path, digest)
-    monkeypatch.setattr(similarity, "ROOT", path.parent)
+    monkeypatch.setattr(similarity, "EXTERNAL", path.parent)
     assert descriptor_path(path.name) == (path, digest)
     assert copy_thresholds(path.name) == (0.6, 0.7)
     beside.write_text("0" * 64)

@@ -3,6 +3,7 @@
 import functools
 import json
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import torch
@@ -214,9 +215,9 @@ def flux(tokenizer: CLIPTokenizer, **settings) -> FluxPipeline:
     )
 
 
-def save(family: str, folder: Path, seed: int = 0) -> Path:
+def save(family: str, folder: Path, seed: int = 0, tokens: int = MAX_TOKENS) -> Path:
     """The untrained pipeline of a seed as a diffusers folder; AltDiffusion's under its published class names."""
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(), mock.patch(f"{__name__}.MAX_TOKENS", tokens):
         torch.manual_seed(seed)
         made = pipeline(family)
     made.save_pretrained(folder)
