@@ -1,0 +1,92 @@
+"""p-values of suspects among controls: valid whatever the scores are, and small where suspects were trained on."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy import stats
+
+from fx import verdict
+
+
+def test_a_p_value_counts_the_controls_that_score_as_high():
+    found = verdict.p_values([3.0, 2.0, 9.0, -1.0], [1.0, 2.0, 3.0, 4.0])
+    assert found.tolist() == [3 / 5, 4 / 5, 1 / 5, 1.0]
+    assert verdict.p_values([5.0], np.zeros(99)).tolist() == [0.01]
+
+
+@pytest.mark.parametrize("kind", ["normal", "ties"])
+@pytest.mark.parametrize("witnesses", [1, 3])
+def test_p_values_of_images_like_the_controls_are_below_alpha_in_at_most_alpha_of_cases(kind, witnesses):
+    """Images of one population, with witnesses that agree with one another."""
+    draw, cases = np.random.default_rng(0), 1500
+    found, sets = [], []
+    for _ in range(cases):
+        pool = draw.normal(size=(13, 1)) + 0.5 * draw.normal(size=(13, witnesses))
+        pool = pool.round() if kind == "ties" else pool
+        found.append(verdict.combined(pool[:1], pool[1:])[0])
+        sets.append(verdict.of_the_set(pool[:4], pool[4:], draws=99, seed=int(draw.integers(10**6))))
+    for alpha in (0.1, 0.25, 0.5):
+        assert np.mean(np.array(found) <= alpha) <= alpha + 3 * (alpha * (1 - alpha) / cases) ** 0.5
+        assert np.mean(np.array(sets) <= alpha) <= alpha + 3 * (alpha * (1 - alpha) / cases) ** 0.5
+
+
+def test_one_witness_combined_is_itself():
+    draw = np.random.default_rng(1)
+    suspects, controls = draw.normal(size=7), draw.normal(size=11)
+    np.testing.assert_allclose(verdict.combined(suspects, controls), verdict.p_values(suspects, controls))
+
+
+def test_several_weak_witnesses_are_stronger_together():
+    draw = np.random.default_rng(2)
+    suspects, controls = draw.normal(1.2, 1, (40, 3)), draw.normal(0, 1, (60, 3))
+    together = np.mean(verdict.combined(suspects, controls) <= 0.1)
+    alone = [np.mean(verdict.p_values(suspects[:, i], controls[:, i]) <= 0.1) for i in range(3)]
+    assert together > max(alone)
+
+
+def test_the_sets_test_is_the_rank_sum_test_for_one_witness():
+    draw = np.random.default_rng(3)
+    suspects, controls = draw.normal(0.7, 1, 9), draw.normal(0, 1, 12)
+    exact = stats.mannwhitneyu(suspects, controls, alternative="greater", method="exact").pvalue
+    assert verdict.of_the_set(suspects, controls, draws=20_000) == pytest.approx(exact, abs=0.006)
+    assert verdict.of_the_set(suspects + 100, controls, draws=999) == pytest.approx(1 / 1000, abs=1e-3)
+    assert verdict.of_the_set(suspects - 100, controls, draws=999) == 1.0
+
+
+def test_a_part_of_the_set_is_enough():
+    draw = np.random.default_rng(4)
+    suspects = np.concatenate([draw.normal(3, 1, 5), draw.normal(0, 1, 15)])
+    assert verdict.of_the_set(suspects, draw.normal(0, 1, 40)) < 0.05
+
+
+def test_discoveries_are_benjamini_and_hochbergs():
+    p = np.array([0.01, 0.02, 0.04, 0.2, 0.9])
+    assert verdict.discoveries(p, 0.05).tolist() == [True, True, False, False, False]  # .05 i / 5: .01, .02, .03
+    assert verdict.discoveries(p, 0.1).tolist() == [True, True, True, False, False]
+    assert verdict.discoveries(np.zeros(0)).tolist() == []
+
+
+@given(st.integers(1, 60), st.integers(1, 40))
+def test_the_smallest_set_says_when_few_controls_can_name_nothing(n_controls, n):
+    share = verdict.smallest_set(0.05, n_controls)
+    floor = 1 / (n_controls + 1)
+    for r in range(1, n + 1):
+        p = np.concatenate([np.full(r, floor), np.ones(n - r)])
+        assert verdict.discoveries(p).any() == (100 * r / n >= 100 / (0.05 * (n_controls + 1)) - 1e-6)
+        if verdict.discoveries(p).any():
+            assert 100 * r / n >= share - 1
+
+
+def test_auc_is_the_share_of_pairs():
+    assert verdict.auc([1.0, 3.0], [0.0, 2.0]) == 0.75
+    assert verdict.auc([1.0], [1.0]) == 0.5
+
+
+@pytest.mark.parametrize("bad", [[], [np.nan], [[1.0, np.inf]]])
+def test_scores_that_are_none_are_refused(bad):
+    for call in (lambda: verdict.p_values(bad, [1.0]), lambda: verdict.of_the_set([1.0], bad)):
+        with pytest.raises(ValueError, match="finite numbers"):
+            call()
+    with pytest.raises(ValueError, match="2 scores each and controls 1"):
+        verdict.combined([[1.0, 2.0]], [[1.0]])
