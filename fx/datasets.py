@@ -153,12 +153,12 @@ def _images(folder: Path) -> tuple[Path, ...]:
             warnings.warn(
                 f"{path} holds images too, which are left out: {folder} is read without sub-folders", stacklevel=4
             )
-        if reason := _unusable(path):
+        if reason := unusable(path):
             raise ValueError(f"{path} {reason}, or remove it; it would be left out otherwise")
     return tuple(path for path in visible if path.suffix.lower() in SUFFIXES and path.is_file())
 
 
-def _unusable(path: Path) -> str:
+def unusable(path: Path) -> str:
     """Why a file that is, or seems to be, a picture cannot be taken, and what to do; "" for all other files."""
     suffix = path.suffix.lower()
     pictured = suffix in OTHER_PICTURES or (mimetypes.guess_type(path.name)[0] or "").startswith("image/")

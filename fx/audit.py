@@ -1,0 +1,353 @@
+"""Was this model trained on these images? One checkpoint in, an evidence report out (notebook 13).
+
+    asked = Audit("downloads/artist.safetensors", suspects="my/works", controls="my/unpublished")
+    found = investigate(asked)
+    print(sentence(found))
+    write_report(found, "report.html")
+
+What an answer means is in docs/auditors.md: evidence with stated error rates, never proof, and never proof of the contrary.
+"""
+
+import base64
+import hashlib
+import io
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from jinja2 import Environment, StrictUndefined
+from PIL import Image
+
+from fx import checkpoints, datasets, results, settings, verdict
+from fx.evaluation import extraction_sets
+from fx.extraction import Extract
+from fx.leads import Leads, Lookup, gathered
+from fx.models import model_folder
+from fx.sampling import generated_pictures
+from fx.settings import Settings
+from fx.tuned import Checkpoint
+from fx.witnesses import Contrast, Recovery, Resemblance, scores
+
+TEMPLATE = Path(__file__).with_suffix(".html.jinja")
+STRONG, SOME = 0.01, 0.05  # p-values of the whole set
+RATE = 0.05  # the share of wrong names among those named
+WITNESSES = {
+    "loss": "how much better the fine-tuned model denoises the image than its base does",
+    "recovery": "how well the difference of the two models restores the image's missing half (CGI-DM)",
+    "extraction": "how much more like it the best image extracted from the model is than the best one from its base",
+}
+
+
+@dataclass(frozen=True)
+class Audit:
+    """What is asked.
+
+    checkpoint: a file, a folder or a Hub id; bases: base models to choose from; caption: None for what the checkpoint says,
+    "" for none; suspects, controls: folders of images, "" for none. n_training: 0 for what the file says, or an estimate.
+    n_generated: N; recovery_steps: of CGI-DM.
+    """
+
+    checkpoint: str
+    bases: tuple[str, ...] = ("mini-sd",)
+    caption: str | None = None
+    suspects: str = ""
+    controls: str = ""
+    n_training: int = 0
+    n_generated: int = 100
+    recovery_steps: int = 100
+    settings: str = "mini-sd"
+    change: str = ""
+
+    def __post_init__(self):
+        if not self.checkpoint or not self.bases:
+            raise ValueError("name a checkpoint and at least one base model")
+        if self.n_generated < 6 or self.n_training < 0 or self.recovery_steps < 1:
+            raise ValueError(
+                f"n_generated {self.n_generated} must be at least 6, n_training {self.n_training} at least 0 and "
+                f"recovery_steps {self.recovery_steps} at least 1"
+            )
+        if self.n_training > self.n_generated:
+            raise ValueError(f"n_training {self.n_training} is more than the {self.n_generated} images to be generated")
+        if self.controls and not self.suspects:
+            raise ValueError("controls are there to be compared with suspects: name a folder of these too")
+
+
+@dataclass
+class Findings:
+    """What was found.
+
+    images: a row per suspect: file, each witness's score and p-value, `p`, and whether it is `named`; p: of the whole set,
+    None without controls; auc: of each witness, suspects over controls. extracted: a row per extracted image: its number,
+    its clique's size, the mean similarity in it; left_out: a line for each image that could not be used.
+    """
+
+    asked: Audit
+    known: Leads
+    n_training: int
+    extracted: pd.DataFrame
+    pictures: np.ndarray
+    of_the_base: np.ndarray
+    images: pd.DataFrame = field(default_factory=pd.DataFrame)
+    controls: pd.DataFrame = field(default_factory=pd.DataFrame)
+    p: float | None = None
+    auc: dict[str, float] = field(default_factory=dict)
+    nearest: np.ndarray | None = None
+    left_out: list[str] = field(default_factory=list)
+    hashes: dict[str, str] = field(default_factory=dict)
+
+
+# images
+
+
+def usable(folder: str) -> tuple[list[Path], list[str]]:
+    """The images in a folder that can be used, by name, and a line for each picture that cannot and why.
+
+    Two files with the same pixels count once. FileNotFoundError for no folder, ValueError if nothing in it can be used.
+    """
+    place = Path(folder).expanduser()
+    if not place.is_dir():
+        raise FileNotFoundError(f"no folder {folder}: name one that holds images")
+    found, lines, seen = [], [], {}
+    for path in sorted(path for path in place.iterdir() if path.is_file() and not path.name.startswith(".")):
+        if reason := datasets.unusable(path):
+            lines.append(f"{path.name} is left out: it {reason}")
+        elif path.suffix.lower() in datasets.SUFFIXES:
+            try:
+                key = pixels(path)
+            except ValueError as error:
+                lines.append(f"{path.name} is left out: {error}")
+                continue
+            if key in seen:
+                lines.append(f"{path.name} is left out: the same picture as {seen[key]}")
+            else:
+                seen[key] = path.name
+                found.append(path)
+    if not found:
+        raise ValueError("\n".join([f"no image in {folder} can be used", *lines]))
+    return found, lines
+
+
+def pixels(path: Path) -> str:
+    """The SHA-256 of an image's pixels, whatever its file format; ValueError if it cannot be read."""
+    image = datasets.open_image(path)
+    return hashlib.sha256(f"{image.size}".encode() + image.tobytes()).hexdigest()
+
+
+def suspects_and_controls(asked: Audit) -> tuple[list[Path], list[Path], list[str]]:
+    """The usable suspects and controls; a control that is also a suspect is left out. ValueError if no control is left."""
+    suspects, lines = usable(asked.suspects)
+    if not asked.controls:
+        return suspects, [], lines
+    controls, more = usable(asked.controls)
+    known = {pixels(path) for path in suspects}
+    double = [path for path in controls if pixels(path) in known]
+    lines += more + [f"{path.name} among the controls is left out: it is also a suspect" for path in double]
+    controls = [path for path in controls if path not in double]
+    if not controls:
+        raise ValueError("every control is also a suspect: controls must be images that were certainly not trained on")
+    return suspects, controls, lines
+
+
+# the investigation
+
+
+def investigate(asked: Audit) -> Findings:
+    """Everything that the report says. Each step is kept, so an interrupted audit goes on where it stopped.
+
+    Raises what loading the checkpoint raises, before anything is sampled, and ValueError for images that cannot be used.
+    """
+    suspects, controls, lines = suspects_and_controls(asked) if asked.suspects else ([], [], [])
+    chosen = settings.load(asked.settings, asked.change)
+    known = gathered(Lookup(asked.checkpoint, asked.bases, guess=""))
+    own = chosen[known.method]
+    model = Checkpoint(asked.checkpoint, known.base, known.caption if asked.caption is None else asked.caption)
+    extract, null, n_training = extractions(asked, own, model, known)
+    found = Findings(asked, known, n_training, *_extracted(extract), left_out=lines)
+    found.of_the_base = generated_pictures(null.generate, found.extracted.image.tolist())
+    if suspects:
+        _compare(found, own, model, extract, null, suspects, controls)
+    found.hashes = {"checkpoint": results.sha256_of(checkpoints.find(asked.checkpoint))}
+    found.hashes |= {"base model": results.sha256_of(model_folder(known.base))}
+    found.hashes |= {path.name: results.sha256_of(path) for path in suspects}
+    return found
+
+
+def extractions(asked: Audit, own: Settings, model: Checkpoint, known: Leads) -> tuple[Extract, Extract, int]:
+    """The extraction from the model, the same from its base alone and from the same latents, and N0."""
+    arm = "finextract" if model.caption else "model_guidance"
+    generate = own.generate(model, arm, asked.n_generated, caption=model.caption)
+    n_training = asked.n_training or known.n_training or 0
+    if not 1 <= n_training <= asked.n_generated:
+        row = results.run([own.extract(generate, None)], description="how many").iloc[0]
+        n_training = max(1, int(row.n_estimated))
+    base = Checkpoint(str(model_folder(known.base)), known.base, model.caption)
+    plain = own.generate(base, "direct", asked.n_generated, caption=model.caption)
+    specs = [own.extract(generate, n_training), own.extract(plain, n_training)]
+    results.run(specs, description="extraction")
+    return *specs, n_training
+
+
+def _extracted(extract: Extract) -> tuple[pd.DataFrame, np.ndarray, np.ndarray]:
+    """Extracted images, those of the largest and tightest cliques first, and their pictures (twice, to be replaced)."""
+    folder = results.folder(extract)
+    sets, found = extraction_sets(folder), np.load(folder / "descriptors.npy")
+    rows = []
+    for clique, centre in zip(sets["cliques"], sets["centres"], strict=True):
+        others = [image for image in clique if image != centre]
+        tight = float((found[others] @ found[centre]).mean()) if others else np.nan
+        rows.append({"image": centre, "clique": len(clique), "similarity": tight})
+    table = pd.DataFrame(rows).sort_values(["clique", "similarity"], ascending=False, ignore_index=True)
+    pictures = generated_pictures(extract.generate, table.image.tolist())
+    return table, pictures, pictures
+
+
+def _compare(
+    found: Findings,
+    own: Settings,
+    model: Checkpoint,
+    extract: Extract,
+    null: Extract,
+    suspects: list[Path],
+    controls: list[Path],
+) -> None:
+    """Ask the witnesses about suspects and controls, and weigh what they say."""
+    images = tuple(map(str, [*suspects, *controls]))
+    asked = {
+        "loss": Contrast(model, images, model.caption),
+        "recovery": Recovery(model, images, model.caption, found.asked.recovery_steps, judge=own.judge),
+        "extraction": Resemblance(extract, images),
+        "base": Resemblance(null, images),
+    }
+    results.run(asked.values(), description="witnesses")
+    said = {name: scores(spec) for name, spec in asked.items()}
+    said["extraction"] = said["extraction"] - said.pop("base")
+    n = len(suspects)
+    found.images = pd.DataFrame({"file": [path.name for path in suspects]} | {w: said[w][:n] for w in WITNESSES})
+    found.controls = pd.DataFrame({"file": [path.name for path in controls]} | {w: said[w][n:] for w in WITNESSES})
+    nearest = np.load(results.folder(asked["extraction"]) / "nearest.npy")[:n]
+    found.nearest = generated_pictures(extract.generate, nearest.tolist())
+    if controls:
+        weigh(found)
+
+
+def weigh(found: Findings) -> None:
+    """p-values of every suspect and of the set, from the scores of suspects and controls."""
+    ours, theirs = (table[list(WITNESSES)].to_numpy() for table in (found.images, found.controls))
+    for column, name in enumerate(WITNESSES):
+        found.images[f"p ({name})"] = verdict.p_values(ours[:, column], theirs[:, column])
+        found.auc[name] = verdict.auc(ours[:, column], theirs[:, column])
+    found.images["p"] = verdict.combined(ours, theirs)
+    found.images["named"] = verdict.discoveries(found.images.p.to_numpy(), RATE)
+    found.p = verdict.of_the_set(ours, theirs)
+
+
+# what it says
+
+
+def evidence(found: Findings) -> str:
+    """In a word: "strong", "some", "none", or "not tested" without suspects or without controls."""
+    if found.p is None:
+        return "not tested"
+    return "strong" if found.p <= STRONG else "some" if found.p <= SOME else "none"
+
+
+def sentence(found: Findings) -> str:
+    """The answer in one or two sentences, which never says more than the tests do."""
+    n, m = len(found.images), len(found.controls)
+    if not n:
+        return (
+            f"{len(found.extracted)} images were extracted from the model. Whether it was trained on any particular image "
+            "was not asked: no images were named."
+        )
+    if found.p is None:
+        return (
+            f"No error rate can be stated for the {n} images, since there are no controls: images of the same kind that "
+            "were certainly not trained on. The scores below cannot tell images that were trained on from images that are "
+            "merely alike."
+        )
+    kind = {"strong": "There is strong evidence", "some": "There is some evidence", "none": "No evidence was found"}
+    answer = (
+        f"{kind[evidence(found)]} that the model was trained on some of the {n} images (p = {in_figures(found.p)}: a set "
+        f"that it was not trained on gives a value as low in at most {in_figures(100 * found.p)}% of cases). "
+    )
+    named = int(found.images.named.sum())
+    if evidence(found) == "none":
+        return answer + "That is no evidence that it was not."
+    if named:
+        return answer + f"{named} of them are named, of which about {RATE:.0%} may be wrong."
+    share = verdict.smallest_set(RATE, m)
+    why = (
+        f"with {m} controls no single image can be, however clear it is"
+        if share > 100
+        else f"with {m} controls at least {share}% of them would have to stand out"
+    )
+    return answer + f"Which of them, cannot be said: {why}."
+
+
+def in_figures(value: float) -> str:
+    """A number with two significant figures, without an exponent."""
+    return np.format_float_positional(value, precision=2, fractional=False, trim="-")
+
+
+def as_png(picture: np.ndarray) -> str:
+    """A picture uint8 [h, w, 3] as a data URL."""
+    Image.fromarray(picture).save(file := io.BytesIO(), "PNG")
+    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
+
+
+def write_report(found: Findings, path: str | Path) -> Path:
+    """The report as one HTML page with its pictures inside, which asks nothing of the network."""
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    template = environment.from_string(TEMPLATE.read_text("utf-8"))
+    Path(path).write_text(template.render(contents(found)), encoding="utf-8")
+    return Path(path)
+
+
+def contents(found: Findings, most: int = 24) -> Mapping[str, object]:
+    """What the page shows: texts, tables as lists of rows, pictures as data URLs; of extracted images `most` at most."""
+    suspects = {path.name: path for path in usable(found.asked.suspects)[0]} if found.asked.suspects else {}
+    side = found.pictures.shape[1]
+    rows = []
+    for number, row in enumerate(found.images.to_dict("records")):
+        own = datasets.to_uint8(datasets.load_images((suspects[row["file"]],), side))[0]
+        rows.append(row | {"picture": as_png(own), "nearest": as_png(found.nearest[number])})
+    order = sorted(rows, key=lambda row: row.get("p", 0))
+    extracted = [
+        row | {"picture": as_png(picture), "base": as_png(base)}
+        for row, picture, base in zip(
+            found.extracted.to_dict("records"), found.pictures, found.of_the_base, strict=True
+        )
+    ]
+    return {
+        "sentence": sentence(found),
+        "evidence": evidence(found),
+        "known": found.known,
+        "asked": found.asked,
+        "n_training": found.n_training,
+        "witnesses": WITNESSES,
+        "suspects": order,
+        "n_controls": len(found.controls),
+        "auc": found.auc,
+        "floor": in_figures(1 / (len(found.controls) + 1)) if len(found.controls) else "",
+        "extracted": extracted[:most],
+        "more": max(0, len(extracted) - most),
+        "left_out": found.left_out,
+        "hashes": found.hashes,
+        "versions": results.environment_summary(),
+        "strips": {name: strip(found, name) for name in WITNESSES} if found.p is not None else {},
+        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
+        "figures": in_figures,
+    }
+
+
+def strip(found: Findings, witness: str, width: int = 560) -> dict[str, list[float]]:
+    """Where suspects and controls lie on a line of `width`, from the lowest to the highest score of a witness."""
+    ours, theirs = found.images[witness].to_numpy(), found.controls[witness].to_numpy()
+    low, high = min(ours.min(), theirs.min()), max(ours.max(), theirs.max())
+    unit = width / max(high - low, 1e-12)
+    return {
+        name: ((values - low) * unit).round(1).tolist() for name, values in (("suspects", ours), ("controls", theirs))
+    }

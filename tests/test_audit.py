@@ -1,0 +1,253 @@
+"""The audit: what it reads, what it weighs, and that its sentence and page never say more than that."""
+
+import re
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import tiny
+from PIL import Image
+
+from fx import audit, results, verdict
+from fx.audit import Audit, Findings, evidence, investigate, sentence, usable, write_report
+from fx.finetune import FineTune, TrainingItem
+from fx.leads import Leads
+from fx.publishing import Published, published
+
+
+@pytest.fixture
+def folders(tmp_path, picture_folder) -> tuple[str, str]:
+    """Suspects, four of which are trained on, and controls."""
+    suspects, controls = tmp_path / "suspects", tmp_path / "Größe & <b>"
+    for place, seed, count in ((suspects, 3, 2), (controls, 4, 5)):
+        place.mkdir()
+        for number, picture in enumerate(tiny.pictures(count, seed)):
+            Image.fromarray(picture).save(place / f"{seed}-{number}.png")
+    for path in sorted(picture_folder.glob("*.png")):
+        Image.open(path).save(suspects / f"trained-{path.name}")
+    return str(suspects), str(controls)
+
+
+@pytest.fixture
+def checkpoint(tiny_sd, picture_folder, runs) -> str:
+    model = FineTune(
+        (TrainingItem(str(picture_folder), "a dog"),), str(tiny_sd), learning_rate=1e-3, steps_per_image=4, batch_size=2
+    )
+    return str(published(Published(model, "parts", says=True)))
+
+
+@pytest.fixture
+def asked(tiny_sd, checkpoint, folders, tmp_path) -> Audit:
+    judge = tiny.save_judge("clip", tmp_path / "judge")
+    return Audit(
+        checkpoint,
+        (str(tiny_sd),),
+        suspects=folders[0],
+        controls=folders[1],
+        n_training=2,
+        n_generated=6,
+        recovery_steps=1,
+        change=f"sampling_steps=1 judge={judge}",
+    )
+
+
+# images
+
+
+def test_what_cannot_be_used_is_left_out_with_a_line_and_the_rest_is_used(tmp_path):
+    for number, picture in enumerate(tiny.pictures(2)):
+        Image.fromarray(picture).save(tmp_path / f"{number}.png")
+    Image.open(tmp_path / "0.png").save(tmp_path / "same.bmp")
+    (tmp_path / "broken.png").write_bytes((tmp_path / "0.png").read_bytes()[:60])
+    (tmp_path / "photo.heic").write_bytes(b"x")
+    (tmp_path / "notes.txt").write_text("no image")
+    (tmp_path / ".hidden.png").write_bytes(b"")
+    found, lines = usable(str(tmp_path))
+    assert [path.name for path in found] == ["0.png", "1.png"]
+    assert len(lines) == 3
+    assert any(line.startswith("broken.png is left out:") for line in lines)
+    assert any("photo.heic is left out: it is an image of a kind (.heic)" in line for line in lines)
+    assert "same.bmp is left out: the same picture as 0.png" in lines
+
+
+def test_a_folder_without_a_usable_image_is_refused_with_the_reasons(tmp_path):
+    (tmp_path / "broken.png").write_bytes(b"x")
+    with pytest.raises(ValueError, match=r"no image in .* can be used\nbroken\.png is left out"):
+        usable(str(tmp_path))
+    with pytest.raises(FileNotFoundError, match="no folder"):
+        usable(str(tmp_path / "none"))
+
+
+def test_a_control_that_is_a_suspect_too_is_left_out(folders, tmp_path):
+    suspects, controls = folders
+    first = sorted(Path(suspects).iterdir())[0]
+    Image.open(first).save(Path(controls) / "again.png")
+    ours, theirs, lines = audit.suspects_and_controls(Audit("c", suspects=suspects, controls=controls))
+    assert len(ours) == 6
+    assert "again.png" not in [path.name for path in theirs]
+    assert lines == ["again.png among the controls is left out: it is also a suspect"]
+    with pytest.raises(ValueError, match="every control is also a suspect"):
+        audit.suspects_and_controls(Audit("c", suspects=suspects, controls=suspects))
+
+
+# the investigation
+
+
+def test_it_weighs_what_the_witnesses_say_of_suspects_and_controls(asked):
+    found = investigate(asked)
+    assert (found.known.caption, found.known.caption_by, found.n_training) == ("a dog", "the model card", 2)
+    assert len(found.images) == 6
+    assert len(found.controls) == 5
+    ours, theirs = (table[list(audit.WITNESSES)].to_numpy() for table in (found.images, found.controls))
+    np.testing.assert_array_equal(found.images.p, verdict.combined(ours, theirs))
+    for column, name in enumerate(audit.WITNESSES):
+        np.testing.assert_array_equal(found.images[f"p ({name})"], verdict.p_values(ours[:, column], theirs[:, column]))
+        assert found.auc[name] == verdict.auc(ours[:, column], theirs[:, column])
+    assert found.p == verdict.of_the_set(ours, theirs)
+    assert found.images.p.min() >= 1 / 6
+    assert not found.images.named.any(), "five controls name nothing at 5%"
+    assert found.extracted.clique.is_monotonic_decreasing
+    assert found.pictures.shape == found.of_the_base.shape == (2, 16, 16, 3)
+    assert found.nearest.shape == (6, 16, 16, 3)
+    assert set(found.hashes) == {"checkpoint", "base model", *found.images.file}
+
+
+def test_a_checkpoint_that_is_its_base_is_the_same_for_suspects_and_controls(asked, tiny_sd):
+    same = replace(asked, checkpoint=str(tiny_sd), caption="a dog")
+    found = investigate(same)
+    assert np.abs(found.images.loss).max() < 1e-6
+    assert found.images.extraction.abs().max() < 1.1
+
+
+def test_done_again_nothing_is_computed_and_it_says_the_same(asked):
+    first = investigate(asked)
+    before = sorted(results.RUNS.glob("*/*/manifest.json"))
+    second = investigate(asked)
+    pd.testing.assert_frame_equal(first.images, second.images)
+    assert sentence(first) == sentence(second)
+    assert sorted(results.RUNS.glob("*/*/manifest.json")) == before
+
+
+def test_without_suspects_it_only_extracts_and_estimates_how_many(asked):
+    found = investigate(replace(asked, suspects="", controls="", n_training=0))
+    assert found.images.empty
+    assert 1 <= found.n_training <= 6
+    assert len(found.extracted) == found.n_training
+    assert "was not asked" in sentence(found)
+
+
+def test_without_a_caption_the_attack_has_none(asked):
+    found = investigate(replace(asked, caption="", suspects="", controls=""))
+    assert len(found.extracted) == 2
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"checkpoint": ""}, "name a checkpoint"),
+        ({"bases": ()}, "at least one base model"),
+        ({"n_generated": 5}, "n_generated 5 must be at least 6"),
+        ({"n_training": 101}, "n_training 101 is more than the 100 images"),
+        ({"controls": "folder"}, "controls are there to be compared with suspects"),
+    ],
+)
+def test_what_cannot_be_asked_is_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        Audit(**{"checkpoint": "c"} | change)
+
+
+# what it says
+
+
+def findings(n: int, m: int, p: float | None, named: int = 0) -> Findings:
+    """Made up: n suspects of which so many are named, m controls."""
+    table = pd.DataFrame({"file": [f"{i}.png" for i in range(n)], "named": [i < named for i in range(n)]})
+    known = Leads("c", "mini-sd", "its weights", "a dog", "the model card", None, "estimated")
+    pictures = np.zeros((3, 4, 4, 3), np.uint8)
+    extracted = pd.DataFrame({"image": range(3), "clique": 1, "similarity": 0.5})
+    return Findings(
+        Audit("c"), known, 3, extracted, pictures, pictures, table, pd.DataFrame({"file": ["x"] * m})[:m], p
+    )
+
+
+@pytest.mark.parametrize(
+    ("found", "word", "parts"),
+    [
+        (findings(0, 0, None), "not tested", ["3 images were extracted", "was not asked"]),
+        (findings(4, 0, None), "not tested", ["No error rate can be stated for the 4 images", "no controls"]),
+        (
+            findings(4, 9, 0.3),
+            "none",
+            ["No evidence was found", "(p = 0.3:", "at most 30% of cases", "no evidence that it was not"],
+        ),
+        (findings(4, 9, 0.05), "some", ["There is some evidence", "with 9 controls no single image can be"]),
+        (
+            findings(4, 99, 0.0001, 3),
+            "strong",
+            ["There is strong evidence", "3 of them are named", "about 5% may be wrong"],
+        ),
+        (findings(4, 39, 0.01), "strong", ["at least 50% of them would have to stand out"]),
+    ],
+)
+def test_the_sentence_says_what_the_tests_support(found, word, parts):
+    said = sentence(found)
+    assert evidence(found) == word
+    for part in parts:
+        assert part in said
+    assert not re.search(r"\b(prove[sdn]?|certainly was|definitely)\b", said)
+    if word in ("none", "not tested"):
+        assert "named, of which" not in said
+
+
+def test_numbers_have_two_figures_and_no_exponent():
+    assert [audit.in_figures(x) for x in (0.00012345, 0.3, 1.0, 12.3456)] == ["0.00012", "0.3", "1", "12"]
+
+
+# the page
+
+
+class Page(HTMLParser):
+    """Tags with their attributes, and the text of a page."""
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.tags, self.text = [], ""
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+
+    def handle_data(self, data):
+        self.text += data
+
+
+def test_the_report_is_one_page_with_everything_inside_and_nothing_run(asked, tmp_path, folders):
+    name = Path(folders[0]) / "<img src=x onerror=alert(1)> & é.png"
+    Image.fromarray(tiny.pictures(1, 9)[0]).save(name)
+    found = investigate(replace(asked, caption="</td><script>"))
+    page = Page(write_report(found, tmp_path / "report.html").read_text("utf-8"))
+    assert sentence(found) in page.text
+    assert "script" not in {tag for tag, _ in page.tags}
+    assert name.name in page.text
+    assert "</td><script>" in page.text
+    pictures = [attributes for tag, attributes in page.tags if tag == "img"]
+    assert len(pictures) == 2 * len(found.images) + 2 * len(found.extracted)
+    assert all(picture["src"].startswith("data:image/png;base64,") and picture["alt"] for picture in pictures)
+    asks = [value for _, attributes in page.tags for key, value in attributes.items() if key in ("href", "src")]
+    assert not [value for value in asks if not value.startswith("data:")]
+    for word in ("What the evidence does not show", "What this means", *audit.WITNESSES, *found.hashes):
+        assert word in page.text
+    assert dict(page.tags)["html"] == {"lang": "en"}
+    assert next(tag for tag, _ in page.tags if tag in ("h1", "h2")) == "h1"
+
+
+def test_a_report_without_suspects_or_controls_has_no_p_values(asked, tmp_path):
+    for change in ({"suspects": "", "controls": ""}, {"controls": ""}):
+        found = investigate(replace(asked, **change))
+        page = Page(write_report(found, tmp_path / "report.html").read_text("utf-8"))
+        assert sentence(found) in page.text
+        assert "p = " not in page.text
+        assert "svg" not in {tag for tag, _ in page.tags}
