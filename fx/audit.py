@@ -5,12 +5,16 @@
     print(sentence(found))
     write_report(found, "report.html")
 
+    python -m fx.audit downloads/artist.safetensors --base owner/name --suspects my/works --controls my/unpublished
+
 What an answer means is in docs/auditors.md: evidence with stated error rates, never proof, and never proof of the contrary.
 """
 
+import argparse
 import base64
 import hashlib
 import io
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -18,19 +22,22 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import papermill
 from jinja2 import Environment, StrictUndefined
 from PIL import Image
 
-from fx import checkpoints, datasets, results, settings, verdict
+from fx import checkpoints, command, datasets, kernel, results, settings, verdict
 from fx.evaluation import extraction_sets
 from fx.extraction import Extract
 from fx.leads import Leads, Lookup, gathered
 from fx.models import model_folder
+from fx.paths import NOTEBOOKS
 from fx.sampling import generated_pictures
 from fx.settings import Settings
 from fx.tuned import Checkpoint
 from fx.witnesses import Contrast, Recovery, Resemblance, scores
 
+NOTEBOOK = NOTEBOOKS / "13-audit.ipynb"
 TEMPLATE = Path(__file__).with_suffix(".html.jinja")
 STRONG, SOME = 0.01, 0.05  # p-values of the whole set
 RATE = 0.05  # the share of wrong names among those named
@@ -351,3 +358,108 @@ def strip(found: Findings, witness: str, width: int = 560) -> dict[str, list[flo
     return {
         name: ((values - low) * unit).round(1).tolist() for name, values in (("suspects", ours), ("controls", theirs))
     }
+
+
+# the command
+
+EXPECTED = (
+    "ValueError",
+    "FileNotFoundError",
+    "PermissionError",
+    "OSError",
+)  # of a notebook: wrong input, said in one line
+FOUND = 10  # the exit code where there is evidence
+
+
+def arguments(words: list[str] | None = None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser("python -m fx.audit", description=__doc__.split("\n\n")[0])
+    parser.add_argument(
+        "checkpoint", nargs="?", default="", help="a file, a folder or a Hub id; without it: an example"
+    )
+    parser.add_argument("--base", nargs="+", default=["mini-sd"], metavar="MODEL", help="base models to choose from")
+    parser.add_argument("--caption", help='what it was trained with; "" for none; without: what the checkpoint says')
+    parser.add_argument("--suspects", default="", metavar="FOLDER", help="images that it may have been trained on")
+    parser.add_argument(
+        "--controls", default="", metavar="FOLDER", help="images of the same kind that it was not trained on"
+    )
+    parser.add_argument("--n-training", type=int, default=0, metavar="N0", help="training images, if you know how many")
+    parser.add_argument("--images", type=int, default=60, metavar="N", help="images to generate (default 60)")
+    parser.add_argument("--recovery-steps", type=int, default=40, help="of CGI-DM (default 40; its authors: 1,000)")
+    parser.add_argument("--settings", default="mini-sd", help="a section of fx/settings.yaml (default mini-sd)")
+    parser.add_argument("--change", default="", help="settings to change: 'sampling_steps=25 precision=bfloat16'")
+    parser.add_argument(
+        "--report", default="audit.html", metavar="FILE", help="where the report goes (default audit.html)"
+    )
+    return parser.parse_args(words)
+
+
+def main(words: list[str] | None = None) -> int:
+    """Run notebook 13 on what was named; 0, or FOUND where there is evidence that images were trained on."""
+    given = arguments(words)
+    check(given)
+    report = Path(given.report).expanduser().absolute()
+    values = {
+        "checkpoint": str(absolute(given.checkpoint)),
+        "bases": " ".join(str(absolute(base)) for base in given.base),
+        "caption": "?" if given.caption is None else given.caption,
+        "suspects": str(absolute(given.suspects)),
+        "controls": str(absolute(given.controls)),
+        "n_training": given.n_training,
+        "n_generated": given.images,
+        "recovery_steps": given.recovery_steps,
+        "settings_name": given.settings,
+        "change": given.change,
+        "report": str(report),
+    }
+    executed = report.with_suffix(".ipynb")
+    try:
+        with kernel.own():
+            papermill.execute_notebook(
+                NOTEBOOK, executed, values, cwd=str(NOTEBOOKS), log_output=False, **kernel.OPTIONS
+            )
+    except papermill.exceptions.PapermillExecutionError as error:
+        if error.ename in EXPECTED:
+            raise ValueError(error.evalue) from None
+        raise
+    answer = json.loads(report.with_suffix(".json").read_text("utf-8"))
+    print("\n".join([answer["sentence"], f"report: {report}", f"notebook: {executed}"]))
+    return FOUND if answer["evidence"] in ("some", "strong") else 0
+
+
+def check(given: argparse.Namespace) -> None:
+    """What can be said against the input before anything is loaded: ValueError or FileNotFoundError."""
+    settings.load(given.settings, given.change)
+    for base in given.base:
+        model_folder(base)
+    if not given.checkpoint:
+        if given.suspects or given.controls:
+            raise ValueError("suspects and controls belong to a checkpoint: name it too")
+        return
+    asked = Audit(
+        given.checkpoint,
+        tuple(given.base),
+        given.caption,
+        given.suspects,
+        given.controls,
+        given.n_training,
+        given.images,
+        given.recovery_steps,
+        given.settings,
+        given.change,
+    )
+    checkpoints.kind_of(checkpoints.find(asked.checkpoint))
+    if asked.suspects:
+        suspects_and_controls(asked)
+    if not Path(given.report).expanduser().absolute().parent.is_dir():
+        raise FileNotFoundError(f"no folder {Path(given.report).parent} for the report: make it first")
+
+
+def absolute(name: str) -> str | Path:
+    """A path as it is from anywhere; what is no path, a Hub id or a shipped name, as it stands."""
+    path = Path(name).expanduser()
+    return path.absolute() if name and path.exists() else name
+
+
+if __name__ == "__main__":
+    command.run("fx.audit", main)

@@ -1,5 +1,6 @@
 """The audit: what it reads, what it weighs, and that its sentence and page never say more than that."""
 
+import json
 import re
 from dataclasses import replace
 from html.parser import HTMLParser
@@ -251,3 +252,66 @@ def test_a_report_without_suspects_or_controls_has_no_p_values(asked, tmp_path):
         assert sentence(found) in page.text
         assert "p = " not in page.text
         assert "svg" not in {tag for tag, _ in page.tags}
+
+
+# the command
+
+
+@pytest.fixture
+def run_as_asked(monkeypatch, tmp_path):
+    """Notebook 13 is not run: what it would be given is kept, and it leaves an answer."""
+    asked = []
+
+    def execute(notebook, target, values, **_):
+        asked.append(values)
+        answer = {"evidence": "strong", "p": 0.001, "sentence": "There is strong evidence."}
+        Path(values["report"]).with_suffix(".json").write_text(json.dumps(answer))
+
+    monkeypatch.setattr(audit.papermill, "execute_notebook", execute)
+    monkeypatch.chdir(tmp_path)
+    return asked
+
+
+def test_the_command_hands_everything_to_the_notebook_and_says_what_came_out(run_as_asked, checkpoint, folders, capsys):
+    words = [checkpoint, "--base", "mini-sd", "--suspects", folders[0], "--controls", folders[1], "--caption", ""]
+    assert audit.main([*words, "--images", "8", "--n-training", "2", "--report", "out.html"]) == audit.FOUND
+    (values,) = run_as_asked
+    assert values["checkpoint"] == checkpoint
+    assert (values["caption"], values["n_generated"], values["n_training"]) == ("", 8, 2)
+    assert Path(values["report"]) == Path.cwd() / "out.html"
+    assert capsys.readouterr().out.startswith("There is strong evidence.\nreport: ")
+    known = {cell["name"] for cell in audit.papermill.inspect_notebook(str(audit.NOTEBOOK)).values()}
+    assert set(values) <= known
+
+
+def test_without_a_checkpoint_it_is_the_example(run_as_asked):
+    audit.main([])
+    assert run_as_asked[0]["checkpoint"] == ""
+    assert run_as_asked[0]["caption"] == "?"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["nothing.safetensors"], "unknown model 'nothing.safetensors'"),
+        (["mini-sd", "--base", "mini-none"], "unknown model 'mini-none'"),
+        (["mini-sd", "--suspects", "none"], "no folder none"),
+        (["mini-sd", "--images", "3"], "n_generated 3 must be at least 6"),
+        (["mini-sd", "--settings", "none"], "no settings 'none'"),
+        (["mini-sd", "--report", "none/out.html"], "no folder none for the report"),
+        (["--suspects", "."], "suspects and controls belong to a checkpoint"),
+    ],
+)
+def test_wrong_input_is_said_before_the_notebook_is_run(run_as_asked, words, message):
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        audit.main(words)
+    assert not run_as_asked
+
+
+def test_what_the_notebook_refuses_is_one_line(run_as_asked, monkeypatch):
+    def refuse(*_, **__):
+        raise audit.papermill.exceptions.PapermillExecutionError(1, 1, "", "ValueError", "the LoRA changes nothing", [])
+
+    monkeypatch.setattr(audit.papermill, "execute_notebook", refuse)
+    with pytest.raises(ValueError, match=r"^the LoRA changes nothing$"):
+        audit.main(["mini-sd"])
