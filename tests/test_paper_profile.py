@@ -1,47 +1,14 @@
-"""Every notebook with the paper's parameters, fewer of everything, on tiny random models of the real classes."""
+"""The profile paper: what it needs is found where it would lie; that each notebook runs with it is in test_notebooks.py."""
 
 import os
-import subprocess
-import sys
+from pathlib import Path
 
+import huggingface_hub.constants
 import paper_world
 import pytest
-import yaml
 
-from fx.paths import NOTEBOOKS, ROOT
-
-FEW = "steps_per_image=1 sampling_steps=2 lora.rank=2 lora.alpha=2"
-# notebook -> what is scaled down; everything else is as in params/paper
-COUNTS = {
-    "01": {"shown": 2, "measured": 2},
-    "02": {"artists": 1, "methods": "dreambooth", "points": 300, "steps": 20, "starts": 2},
-    "03": {
-        **{"artists": 1, "objects": 1, "images_per_training": 2, "development_artists": 1},
-        **{"cfg_scales": "2", "finextract_scales": "2", "correction_scales": "0.02"},
-    },
-    "04": {"artists": 1, "images_per_training": 2, "training_images": "2 12", "generated_images": "1 2"},
-    "05": {
-        **{"artists": 1, "images_per_training": 2, "development_artists": 1, "guidance_scales": "3"},
-        **{"correction_scales": "0.02", "solvers": "ddim-2", "steps_per_image": "1", "ranks": "3"},
-    },
-    "06": {"artists": 1, "images_per_training": 2, "perturbations": "advdm:8", "perturbation_steps": 1, "stages": "1"},
-    "07": {
-        **{"artists": 1, "objects": 1, "candidates": 5, "hard_candidates": 6, "training_lengths": "1", "most": 1},
-        **{"extended_artists": 1, "searched_artists": 1, "searched_objects": 1, "iterations": 2, "restarts": 1},
-        **{"images_per_training": 2},
-    },
-    "08": {"images_per_training": 2},
-    "09": {"artists": 1, "images_per_training": 2, "guidance_scales": "1 5"},
-    "10": {"mixtures": 1, "artists": 2, "artists_per_set": "1 2", "images_per_training": 2, "steps_per_image": 1},
-    "11": {
-        **{"images": 1, "batch_size": 1, "repeats": 1, "batch_sizes": "", "precisions": "", "solvers": ""},
-        **{"difference_ranks": "2", "objects": 1, "images_per_training": 2},
-    },
-    "12": {
-        **{"artists": 1, "objects": 0, "images_per_training": 2, "timed_images": 60, "repeats": 1},
-        **{"other_matrices": 1, "largest": 500},
-    },
-}
+from fx import needs, originals, reproduce, similarity
+from fx.paths import NOTEBOOKS
 
 
 @pytest.fixture(scope="module")
@@ -49,46 +16,45 @@ def world(tmp_path_factory) -> dict[str, str]:
     return paper_world.build(tmp_path_factory.mktemp("world"))
 
 
-def reproduce(world: dict[str, str], tmp_path, *words: str) -> subprocess.CompletedProcess:
-    environment = {**os.environ, **world, "FX_RUNS": str(tmp_path / "runs"), "FX_OUTPUTS": str(tmp_path)}
-    command = [sys.executable, "-m", "fx.reproduce", "--profile", "paper", *words]
-    return subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=False)
+@pytest.fixture
+def there(world, monkeypatch, tmp_path) -> None:
+    """Models and images are looked for in the small world, and no notebook is run."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", world["HF_HUB_CACHE"])
+    for module in (needs, originals, similarity):
+        monkeypatch.setattr(module, "EXTERNAL", Path(world["FX_EXTERNAL"]))
+    monkeypatch.setattr(reproduce, "RUNS", tmp_path / "runs")
+    originals._read.cache_clear()
 
 
-def test_every_notebook_but_that_of_the_mini_models_has_its_counts():
-    assert set(COUNTS) == {path.name[:2] for path in NOTEBOOKS.glob("[0-9][0-9]-*.ipynb")} - {"00"}
+def test_every_notebook_has_the_papers_parameters():
     assert {path.stem for path in NOTEBOOKS.glob("*.ipynb")} == {path.stem for path in NOTEBOOKS.glob("params/paper/*")}
 
 
-@pytest.mark.long
-@pytest.mark.parametrize("number", sorted(COUNTS))
-def test_a_notebook_runs_with_the_papers_parameters(number, world, tmp_path):
-    (file,) = NOTEBOOKS.glob(f"params/paper/{number}-*.yaml")
-    words = [f"{name}={value if not isinstance(value, str) else repr(value)}" for name, value in COUNTS[number].items()]
-    change = [] if number in ("00",) else [f"change={FEW}"]
-    done = reproduce(world, tmp_path, number, *(part for word in [*words, *change] for part in ("-p", word)))
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert yaml.safe_load(file.read_text())["profile"] == "paper"
-    written = [
-        path.name for path in tmp_path.rglob("*") if path.suffix in (".csv", ".png") and "runs" not in path.parts
-    ]
-    assert written
-    assert all("-paper" in name or name.endswith(".csv") for name in written)
-    assert not any((tmp_path / "data/results").glob("*/../quick"))
-
-
-def test_without_the_models_it_ends_at_once_with_what_is_missing(world, tmp_path):
-    done = reproduce({**world, "HF_HUB_CACHE": str(tmp_path)}, tmp_path, "03")
-    assert done.returncode == 1
-    assert done.stderr.count("CompVis/stable-diffusion-v1-4 (base model, 4.3 GB") == 1
-    assert "wikiart" not in done.stderr
+def test_a_dry_run_of_all_lists_what_is_here(there, capsys, tmp_path):
+    reproduce.main(["--profile", "paper", "--dry-run"])
+    said = capsys.readouterr().out
+    assert said.count(".ipynb: ") == len(list(NOTEBOOKS.glob("[0-9][0-9]-*.ipynb"))) - 1
+    rows = [line.split() for line in said.splitlines() if line.endswith((" yes", " no"))]
+    assert len(rows) == 8
+    assert {row[-1] for row in rows} == {"yes"}
     assert not (tmp_path / "runs").exists()
 
 
-def test_a_dry_run_of_all_lists_what_is_here(world, tmp_path):
-    done = reproduce(world, tmp_path, "--dry-run")
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count(".ipynb: ") == len(COUNTS)
-    rows = [line.split() for line in done.stdout.splitlines() if line.endswith((" yes", " no"))]
-    assert len(rows) >= 8
-    assert {row[-1] for row in rows} == {"yes"}
+@pytest.mark.parametrize(
+    ("gone", "named"),
+    [("hub", "CompVis/stable-diffusion-v1-4"), ("external", "sscd_disc_mixup.torchscript.pt")],
+)
+def test_without_a_part_of_it_a_run_ends_at_once_with_what_is_missing(there, gone, named, monkeypatch, tmp_path):
+    if gone == "hub":
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "none"))
+    else:
+        for module in (needs, originals, similarity):
+            monkeypatch.setattr(module, "EXTERNAL", tmp_path / "none")
+    monkeypatch.setattr(reproduce.papermill, "execute_notebook", lambda *_, **__: pytest.fail("it was run"))
+    for number in [path.name[:2] for path in NOTEBOOKS.glob("[0-9][0-9]-*.ipynb")]:
+        if number not in ("00",):
+            with pytest.raises(FileNotFoundError) as caught:
+                reproduce.main([number, "--profile", "paper"])
+            assert named in str(caught.value)
+            assert ("wikiart" in str(caught.value)) == (gone == "external")
+    assert os.environ.get("HF_HUB_OFFLINE") in (None, "1")
