@@ -14,7 +14,8 @@ from fx import tables, zoo
 from fx.cost import Cost, make
 
 REVISION = "0" * 40
-TOKENS = 256  # a tiny tokenizer has a token per letter, and the longest captions of notebook 07 are long
+TOKENS = 128  # a tiny tokenizer has a token per letter
+WORDS = ("purple", "window", "garden", "yellow", "basket", "silver", "rabbit", "winter")  # but for these
 BASES = {
     "CompVis/stable-diffusion-v1-4": "sd1",
     "stable-diffusion-v1-5/stable-diffusion-v1-5": "sd1",
@@ -22,7 +23,7 @@ BASES = {
     "BAAI/AltDiffusion": "alt",
 }
 ARTISTS = {"Fauvism/henri-matisse": 24, "Impressionism/claude-monet": 24} | {
-    f"Cubism/artist-{i}": 10 for i in range(20)
+    f"Cubism/artist-{i}": 14 for i in range(20)
 }
 SUBJECTS = {"dog": "dog", "dog2": "dog", "can": "can", "vase": "vase"}
 
@@ -31,7 +32,7 @@ def build(folder: Path) -> dict[str, str]:
     """Everything below `folder`; the environment variables that make it be found."""
     cache, external = folder / "hub", folder / "external"
     for number, (name, family) in enumerate(BASES.items()):
-        tiny.save(family, snapshot(cache, name), seed=number, tokens=TOKENS)
+        tiny.save(family, snapshot(cache, name), seed=number, tokens=TOKENS, words=WORDS)
     tiny.save_judge("clip", snapshot(cache, "openai/clip-vit-base-patch16"))
     tiny.save_judge("vit", snapshot(cache, "facebook/dino-vits16"))
     for row in tables.paper(7).itertuples():

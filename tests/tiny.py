@@ -43,6 +43,7 @@ from fx.captions import Change, states, token_numbers
 from fx.families import AltConfig, AltTextEncoder
 
 MAX_TOKENS = 16
+WORDS: tuple[str, ...] = ()  # beside "dog", that a tokenizer reads as one token each
 WIDTH = 32
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 FAMILIES = ("sd1", "sd2", "sdxl", "alt", "sd3", "flux")
@@ -64,11 +65,19 @@ FluxPipeline.__init__ = _small(FluxPipeline.__init__)
 
 
 def byte_tokenizer() -> CLIPTokenizer:
-    """CLIP's tokenizer with one token per byte and the two merges that make "dog" one token; 16 tokens at most."""
+    """CLIP's tokenizer with one token per byte and the merges that make "dog" one token, and each of WORDS; 16 tokens at most."""
     letters = sorted(ByteLevel.alphabet())
-    words = [*letters, *(letter + "</w>" for letter in letters), "do", "dog</w>", "<|startoftext|>", "<|endoftext|>"]
+    merges = [pair for word in ("dog", *WORDS) for pair in merged(word)]
+    pieces = list(dict.fromkeys(one + other for one, other in merges))
+    words = [*letters, *(letter + "</w>" for letter in letters), *pieces, "<|startoftext|>", "<|endoftext|>"]
     vocabulary = {word: number for number, word in enumerate(words)}
-    return CLIPTokenizer(vocab=vocabulary, merges=[("d", "o"), ("do", "g</w>")], model_max_length=MAX_TOKENS)
+    return CLIPTokenizer(vocab=vocabulary, merges=list(dict.fromkeys(merges)), model_max_length=MAX_TOKENS)
+
+
+def merged(word: str) -> list[tuple[str, str]]:
+    """The merges that make one token of a word, letter by letter from the left: ("d", "o"), ("do", "g</w>")."""
+    letters = [*word[:-1], f"{word[-1]}</w>"]
+    return [("".join(letters[:i]), letters[i]) for i in range(1, len(letters))]
 
 
 def text_encoder(tokenizer: CLIPTokenizer, kind: type = CLIPTextModel, layers: int = 2, **settings) -> CLIPTextModel:
@@ -215,9 +224,10 @@ def flux(tokenizer: CLIPTokenizer, **settings) -> FluxPipeline:
     )
 
 
-def save(family: str, folder: Path, seed: int = 0, tokens: int = MAX_TOKENS) -> Path:
+def save(family: str, folder: Path, seed: int = 0, tokens: int = MAX_TOKENS, words: tuple[str, ...] = WORDS) -> Path:
     """The untrained pipeline of a seed as a diffusers folder; AltDiffusion's under its published class names."""
-    with torch.random.fork_rng(), mock.patch(f"{__name__}.MAX_TOKENS", tokens):
+    here = mock.patch.multiple(__name__, MAX_TOKENS=tokens, WORDS=words)
+    with torch.random.fork_rng(), here:
         torch.manual_seed(seed)
         made = pipeline(family)
     made.save_pretrained(folder)
