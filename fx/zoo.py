@@ -18,6 +18,7 @@ from fx import checkpoints, datasets, tables
 from fx.finetune import TrainingItem, load_training
 from fx.leads import Lookup
 from fx.models import model_folder
+from fx.paths import EXTERNAL
 from fx.publishing import Published, published
 from fx.settings import Settings
 from fx.tuned import own_caption
@@ -159,13 +160,14 @@ HUB = {
 def online(training: str | Path = "") -> list[Member]:
     """The six checkpoints that the paper names (Table 7), by Hub id, with N0 as it stands there.
 
-    training: a folder with their training images, for each a folder by the last part of its id ("mau-cat"); those that are
-    not there can be attacked but not scored.
+    training: a folder with their training images ("" for data/external/checkpoints), for each a folder by the last part of
+    its id ("mau-cat"); those that are not there can be attacked but not scored.
     """
     found = []
     for row in tables.paper(7).itertuples():
-        folder = Path(training).expanduser() / row.checkpoint.rpartition("/")[2]
-        images = TrainingItem(str(folder), "unknown") if str(training) and folder.is_dir() else None
+        place = Path(training).expanduser() if str(training) else EXTERNAL / "checkpoints"
+        folder = place / row.checkpoint.rpartition("/")[2]
+        images = TrainingItem(str(folder), "unknown") if folder.is_dir() else None
         base, n_training = HUB[row.base_model], int(row.N0)
         found.append(Member("on the Hub", row.method, base, images, online=row.checkpoint, n_training=n_training))
     return found

@@ -40,6 +40,7 @@ def build(folder: Path) -> dict[str, str]:
         make(place.parent, Cost(str(base), row.method, rank=2))
         place.rmdir()
         (place.parent / "tuned").rename(place)
+        paint(external / "checkpoints" / row.checkpoint.rpartition("/")[2], [f"{i}.png" for i in range(5)], 200)
         (place / "README.md").write_text(f"---\ninstance_prompt: {row.checkpoint[-12:]}\n---\n")
     descriptor(external / "sscd_disc_mixup.torchscript.pt")
     for number, (where, works) in enumerate(ARTISTS.items()):

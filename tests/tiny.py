@@ -65,7 +65,7 @@ FluxPipeline.__init__ = _small(FluxPipeline.__init__)
 
 
 def byte_tokenizer() -> CLIPTokenizer:
-    """CLIP's tokenizer with one token per byte and the merges that make "dog" one token, and each of WORDS; 16 tokens at most."""
+    """CLIP's tokenizer with a token per byte, one for "dog" and one for each of WORDS; 16 tokens at most."""
     letters = sorted(ByteLevel.alphabet())
     merges = [pair for word in ("dog", *WORDS) for pair in merged(word)]
     pieces = list(dict.fromkeys(one + other for one, other in merges))
