@@ -30,7 +30,7 @@ from peft import LoraConfig, get_peft_model_state_dict
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-from fx import results
+from fx import command, results
 from fx.families import SAMPLERS, network, network_name
 from fx.finetune import LORA_LAYERS
 from fx.low_rank import strongest
@@ -218,6 +218,13 @@ def over(rows: pd.DataFrame, baseline: str, by: str = "arm") -> pd.DataFrame:
     return pd.DataFrame(parts, columns=[by, "measure", "repeats", "ratio", "low", "high"])
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """What `apart` calls in a process of its own: a Cost as JSON and a folder in, a measurement as JSON out."""
+    if len(sys.argv) != 3:
+        raise ValueError("this is called by fx.benchmark and notebook 11; to measure costs, run python -m fx.benchmark")
     asked = json.loads(sys.argv[1])
     print(json.dumps(measure(Cost(**asked | {"arms": tuple(asked["arms"])}), Path(sys.argv[2]))))
+
+
+if __name__ == "__main__":
+    command.run("fx.cost", main)
