@@ -16,19 +16,19 @@ from typing import ClassVar
 import numpy as np
 import pandas as pd
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from fx import captions, checkpoints, results
-from fx.families import FLOWS, latent_shape, noising
+from fx.families import FLOWS, denoise, latent_shape, network, noising
 from fx.inspect import inspect, rank_bases
 from fx.metrics import paired_interval
-from fx.models import ModelPair, load_pair, model_folder
+from fx.models import ModelPair, load_pair, model_folder, without_adapters
 from fx.sampling import arm_scheduler, predictor, starting_latents, walk
 from fx.tuned import Checkpoint
 
 LEADS = "leads.json"
 SAID = ("the model card", "modelspec.trigger_phrase", "a folder of training images")  # where whole captions stand
-LEVELS = (0.1, 0.25, 0.4, 0.55, 0.7, 0.85)  # of the training schedule, at which losses are compared
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ def gather(path: str, bases: Sequence[str], candidates: Sequence[str] = (), gues
     """
     found = inspect(path)
     said = [lead for lead in found.leads if lead[1] in SAID]
-    base, base_by = base_of(path, bases, found.base_names, said[0][0] if said else guess)
+    base, base_by = base_of(path, bases, found.base_names, said, candidates, guess)
     caption, caption_by = caption_of(path, base, said, candidates, guess)
     n = found.metadata.images
     return Leads(path, base, base_by, caption, caption_by, n, "estimated" if n is None else "its header")
@@ -71,7 +71,7 @@ def gather(path: str, bases: Sequence[str], candidates: Sequence[str] = (), gues
 class Lookup:
     """`gather` as a step of its own; the fields are its arguments."""
 
-    VERSION: ClassVar[int] = 1
+    VERSION: ClassVar[int] = 2
 
     path: str
     bases: tuple[str, ...]
@@ -101,11 +101,19 @@ def gathered(spec: Lookup) -> Leads:
     return Leads(**json.loads((results.complete(spec) / LEADS).read_text("utf-8")))
 
 
-def base_of(path: str, bases: Sequence[str], named: Sequence[str] = (), caption: str = "") -> tuple[str, str]:
+def base_of(
+    path: str,
+    bases: Sequence[str],
+    named: Sequence[str] = (),
+    said: Sequence[tuple[str, str]] = (),
+    candidates: Sequence[str] = (),
+    guess: str = "",
+) -> tuple[str, str]:
     """The base model that a checkpoint was made of, and by what that is known.
 
     Weights tell it of a whole network (`fx.inspect.rank_bases`). Of an adapter they do not: the name in its header or model
-    card, if that is among `bases` and fits, the only one that fits, or else the loss (`rank_by_loss`). ValueError if none
+    card, if that is among `bases` and fits, the only one that fits, or else the alignment of its change with each base's
+    gradient (`rank_by_alignment`), for which it draws images with the caption that `caption_of` finds. ValueError if none
     fits.
     """
     table = rank_bases(path, bases)
@@ -116,15 +124,14 @@ def base_of(path: str, bases: Sequence[str], named: Sequence[str] = (), caption:
     if fitting.verdict.iloc[0] == "nearest":
         return fitting.base.iloc[0], "its weights"
     last = {name.rpartition("/")[2].lower() for name in named}
-    if said := [base for base in fitting.base if base.rpartition("/")[2].lower() in last]:
-        return said[0], "what it says"
+    if told := [base for base in fitting.base if base.rpartition("/")[2].lower() in last]:
+        return told[0], "what it says"
     if len(fitting) == 1:
         return fitting.base.iloc[0], "its shapes"
-    by_loss = rank_by_loss(path, list(fitting.base), caption)
-    doubt = by_loss.base[by_loss.verdict == "not told apart"].tolist()
-    return by_loss.base[0], "the loss on its own images" + (
-        f", not told apart from {', '.join(doubt)}" if doubt else ""
-    )
+    caption, _ = caption_of(path, fitting.base.iloc[0], said, candidates, guess)  # any base: the change holds it
+    ranked = rank_by_alignment(path, list(fitting.base), caption)
+    doubt = ranked.base[ranked.verdict == "not told apart"].tolist()
+    return ranked.base[0], "its alignment" + (f", not told apart from {', '.join(doubt)}" if doubt else "")
 
 
 def caption_of(
@@ -143,49 +150,105 @@ def caption_of(
     return captions.rank(change, pair.tuned, candidates).caption[0], "its weights"
 
 
-@torch.no_grad()
-def rank_by_loss(path: str, bases: Sequence[str], caption: str = "", n: int = 16, steps: int = 10) -> pd.DataFrame:
-    """Base models of an adapter by how well each, with the adapter on it, denoises what all of them draw; the best first.
+def rank_by_alignment(
+    path: str, bases: Sequence[str], caption: str = "", n: int = 16, steps: int = 10, passes: int = 4
+) -> pd.DataFrame:
+    """Base models of an adapter by how well its change agrees with what fine-tuning each would begin with; best first.
 
-    Each draws n images with the adapter and the caption, from the same latents; all of them are noised to the same LEVELS
-    with the same noise. Columns: base; loss, the mean over images and levels of the logarithm of the squared error; low and
-    high, of the 95% interval over images of its difference to the first; verdict, "lowest", "higher", or "not told apart"
-    where that interval holds 0. A base that draws better anyhow has an advantage, so near relatives may be confused
-    even where they are told apart.
+    On the true base the adapter's change of the weights was made by walking down the gradient of the loss on its training
+    images. n images that each base draws with the adapter and the caption stand for these; g is the gradient, at the base
+    without the adapter, of the denoising loss (Eq. 2) on all of them, noised `passes` times, with respect to the weights
+    that the adapter changes, each entry over its root mean square over batches, as AdamW has it. Columns: base;
+    alignment, the mean over layers of the cosine of -g and the change; low and high, of the 95% interval over layers of
+    its difference to the first; verdict, "highest", "lower", or "not told apart" where that interval holds 0.
     """
-    pairs = {base: load_pair(base, path) for base in bases}
-    drawn = torch.cat([_draw(pair, caption, n, steps) for pair in pairs.values()])
-    losses = {base: log_losses(pair, "tuned", drawn, caption).mean(dim=0).numpy() for base, pair in pairs.items()}
-    order = sorted(losses, key=lambda base: losses[base].mean())
+    drawn = torch.cat([_draw(load_pair(base, path), caption, n, steps) for base in bases])
+    found = {base: alignments(load_pair(base, path), drawn, caption, passes) for base in bases}
+    order = sorted(found, key=lambda base: -found[base].mean())
     rows = []
     for base in order:
-        low, high = (np.nan, np.nan) if base == order[0] else paired_interval(losses[base], losses[order[0]])
-        verdict = "lowest" if base == order[0] else "higher" if low > 0 else "not told apart"
-        rows.append({"base": base, "loss": losses[base].mean(), "low": low, "high": high, "verdict": verdict})
+        low, high = (np.nan, np.nan) if base == order[0] else paired_interval(found[base], found[order[0]])
+        verdict = "highest" if base == order[0] else "lower" if high < 0 else "not told apart"
+        rows.append({"base": base, "alignment": found[base].mean(), "low": low, "high": high, "verdict": verdict})
     return pd.DataFrame(rows)
 
 
+def alignments(pair: ModelPair, x0: Tensor, caption: str, passes: int = 4, batch: int = 8) -> np.ndarray:
+    """Of every linear layer that theta' changes the cosine in [-1, 1] of its change and theta's descent, float64 [layers].
+
+    x0: latents [n, c, h, w] to learn, as `rank_by_alignment` says. Layers are in the order of the network. ValueError if no
+    linear layer is changed.
+    """
+    model, schedule, condition = network(pair.base), noising(pair.base), pair.condition("base", caption)
+    changes = changes_of(pair)
+    weights = [_own(model.get_submodule(name)).weight for name in changes]
+    total, squares = ([torch.zeros_like(weight) for weight in weights] for _ in range(2))
+    draw, batches = torch.Generator().manual_seed(0), 0
+    with without_adapters([model] if pair.one_network else []):
+        for weight in weights:
+            weight.requires_grad_(True)
+        for rows in [rows for _ in range(passes) for rows in torch.randperm(len(x0), generator=draw).split(batch)]:
+            some = x0[rows.to(x0.device)]
+            t = torch.randint(schedule.levels, (len(rows),), generator=draw).to(x0.device)
+            eps = torch.randn(some.shape, generator=draw).to(some)
+            with torch.enable_grad():
+                x = schedule.add(some, eps, t)
+                predicted = denoise(model, x, schedule.timestep(t), condition.expand(len(rows)))
+                loss = F.mse_loss(predicted, schedule.target(some, eps, t))
+                gradients = torch.autograd.grad(loss, weights, materialize_grads=True)
+            for known, square, gradient in zip(total, squares, gradients, strict=True):
+                known += gradient
+                square += gradient**2
+            batches += 1
+        for weight in weights:
+            weight.requires_grad_(False)
+    steps = [-(a / batches) / ((b / batches).sqrt() + 1e-10) for a, b in zip(total, squares, strict=True)]
+    found = [F.cosine_similarity(a.flatten(), b.flatten(), 0) for a, b in zip(steps, changes.values(), strict=True)]
+    return torch.stack(found).double().cpu().numpy()
+
+
+@torch.no_grad()
+def changes_of(pair: ModelPair) -> dict[str, Tensor]:
+    """What theta' adds to the weights [out, in] of the network's linear layers, by name, however the change is stored.
+
+    Only layers that are changed; ValueError if none is.
+    """
+    tuned, base = network(pair.tuned), network(pair.base)
+    after = {name: _acting(layer) for name, layer in _linear_layers(tuned).items()}
+    with without_adapters([base] if pair.one_network else []):
+        before = {name: _acting(layer) for name, layer in _linear_layers(base).items()}
+    found = {name: after[name] - weight for name, weight in before.items() if not torch.equal(after[name], weight)}
+    if not found:
+        raise ValueError("the checkpoint changes no linear layer of the network")
+    return found
+
+
+def _linear_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """The linear layers of a network by name; one with an adapter counts as one layer."""
+    found, above = {}, "\n"
+    for name, layer in model.named_modules():
+        if not name.startswith(above) and isinstance(_own(layer), nn.Linear):
+            found[name], above = layer, f"{name}."
+    return found
+
+
+def _own(layer: nn.Module) -> nn.Module:
+    """The layer itself, without the adapter around it."""
+    return layer.get_base_layer() if hasattr(layer, "get_base_layer") else layer
+
+
+def _acting(layer: nn.Module) -> Tensor:
+    """What a linear layer multiplies by, its adapter included, [out, in]."""
+    weight = _own(layer).weight
+    if layer is _own(layer):
+        return weight.detach().clone()
+    unit = torch.eye(weight.shape[1], dtype=weight.dtype, device=weight.device)
+    return (layer(unit) - layer(torch.zeros_like(unit))).T
+
+
+@torch.no_grad()
 def _draw(pair: ModelPair, caption: str, n: int, steps: int) -> Tensor:
     """Latents of n images by direct sampling, [n, c, h, w]."""
     scheduler = arm_scheduler(pair.tuned, "euler" if isinstance(pair.tuned, FLOWS) else "dpm++", "direct")
     x = starting_latents(latent_shape(pair.tuned), 0, range(n)).to(pair.tuned.device)
     return walk(predictor(pair, caption, "direct"), x, scheduler, steps)
-
-
-@torch.no_grad()
-def log_losses(pair: ModelPair, model: str, x0: Tensor, caption: str, levels: Sequence[float] = LEVELS) -> Tensor:
-    """The logarithm of a model's squared error on latents x0 [n, c, h, w]: float64 [levels, n] on the CPU.
-
-    model: "base" or "tuned"; levels: shares of the training schedule, 0 to 1. The noise of image i at a level is the same in
-    every call.
-    """
-    schedule, condition, found = noising(pair.tuned), pair.condition(model, caption), []
-    draw = torch.Generator().manual_seed(0)
-    for level in levels:
-        t = torch.full((len(x0),), round(level * (schedule.levels - 1)))
-        eps = torch.randn(x0.shape, generator=draw).to(x0)
-        x = schedule.add(x0, eps, t.to(x0.device))
-        told = schedule.timestep(t)[0].to(x0.device)
-        error = pair.predict(model, x, told, condition) - schedule.target(x0, eps, t.to(x0.device))
-        found.append(error.double().square().mean(dim=(1, 2, 3)).log().cpu())
-    return torch.stack(found)

@@ -3,7 +3,7 @@
 python -m fx.reproduce                        # all but 00 as they stand: the profile quick, into runs/executed/quick
 python -m fx.reproduce --profile mini         # the complete run, whose tables and figures the repository shows
 python -m fx.reproduce 03 -p artists=5 -p change="sampling_steps=25"
-python -m fx.reproduce --profile paper --dry-run   # what would run and what it needs, and nothing else
+python -m fx.reproduce --profile paper --dry-run   # what would run, what it needs, hours and gigabytes; nothing else
 """
 
 import argparse
@@ -14,9 +14,11 @@ from pathlib import Path
 
 import nbformat
 import papermill
+import torch
 import yaml
+from tqdm import tqdm
 
-from fx import command, kernel, needs, summary
+from fx import command, kernel, needs, plan, summary
 from fx.paths import NOTEBOOKS, TABLES
 from fx.results import RUNS
 
@@ -98,10 +100,19 @@ def main(words: list[str] | None = None) -> None:
         help='a dask cluster for the notebooks that take one: "local:4", an address, a scheduler file',
     )
     parser.add_argument(
-        "--dry-run", action="store_true", help="only say what would run and what it needs, and whether it is here"
+        "--dry-run",
+        action="store_true",
+        help="only say what would run, what it needs and whether it is here, and about how long it takes (some minutes)",
     )
     parser.add_argument(
         "--fetch", action="store_true", help="fetch models from the Hub that are not here; never done otherwise"
+    )
+    parser.add_argument(
+        "--drop",
+        default="",
+        metavar="KINDS",
+        help='steps to remove once nothing needs them, "finetune" for checkpoints whose images exist; less disk, and a '
+        "notebook that asks for them again computes them again",
     )
     parser.add_argument("--in-place", action="store_true", help="write the outputs into notebooks/ itself")
     options = parser.parse_args(words)
@@ -112,9 +123,12 @@ def main(words: list[str] | None = None) -> None:
             values["scheduler"] = options.scheduler
     wanted = needed(given)
     if options.dry_run:
-        print(plan(given, wanted))
+        print(would_run(given, wanted), flush=True)
+        print(estimated(given))
         return
     needs.check([need for need in wanted if not (options.fetch and need.on_hub)])
+    if options.drop:
+        os.environ["FX_DROP"] = options.drop  # read by fx.results
     if not options.fetch:
         os.environ["HF_HUB_OFFLINE"] = "1"  # read by the notebooks' kernels, which would ask the Hub otherwise
     folder = RUNS / "executed" / options.profile
@@ -143,7 +157,7 @@ def needed(given: dict[Path, dict[str, object]]) -> list[needs.Need]:
     return list(found.values())
 
 
-def plan(given: dict[Path, dict[str, object]], wanted: list[needs.Need]) -> str:
+def would_run(given: dict[Path, dict[str, object]], wanted: list[needs.Need]) -> str:
     """What would run, with which parameters, and what it needs, as text."""
     lines = ["would run:"]
     for notebook, values in given.items():
@@ -157,6 +171,22 @@ def plan(given: dict[Path, dict[str, object]], wanted: list[needs.Need]) -> str:
     lines += ["needs, beside what is shipped:", needs.table(wanted).to_string(index=False, na_rep="")]
     lines += [f"get {need.name}: {need.how}" for need in missing]
     return "\n".join(lines)
+
+
+def estimated(given: dict[Path, dict[str, object]]) -> str:
+    """Steps, hours and gigabytes of these notebooks, as text."""
+    found, lines = {}, []
+    for notebook, values in tqdm(given.items(), desc="planning", unit="notebook", leave=False):
+        try:
+            found[notebook.name] = plan.steps(notebook, values)
+        except RuntimeError as error:
+            lines.append(str(error))
+    table = plan.estimate(found).to_string(index=False, na_rep="unknown", float_format="{:.1f}".format)
+    device = (
+        torch.cuda.get_device_name() if torch.cuda.is_available() else f"this CPU, {torch.get_num_threads()} threads"
+    )
+    lines += [f"about, on {device}: hours of sampling and training, GB of images and checkpoints that are not done yet"]
+    return "\n".join([*lines, table])
 
 
 def tidy(notebook: Path) -> None:

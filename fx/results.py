@@ -23,6 +23,7 @@ Below `RUNS` lie
     <kind>/<digest>.set-aside-<n>     a folder that failed the check; kept for a person to look at, never read again
     scratch/<digest>/                 what a long step keeps in order to go on after an interruption
     locks/<digest>.lock               held while a step is computed, so that nobody computes it a second time meanwhile
+    logs/<kind>/<digest>.log          when, where and by whom a step was tried, how long it took, and its traceback
 
 The address covers the settings, the outside content a step reads (`inputs`), the addresses of the steps it builds on and
 the `VERSION` of its class (1 where it has none), not the code, or every edit would cost hours of fine-tuning: whoever
@@ -38,6 +39,9 @@ A class may name one of its fields as GROWS, a number of things of which a large
 (generated images). It stands at the end of the address, and `relatives` finds what was done for other numbers.
 
 Hidden files (names that begin with a dot) count nowhere as content.
+
+Kinds of step that FX_DROP names ("finetune", several by commas) are removed as soon as nothing that a `run` asked for needs
+them any more: checkpoints of gigabytes, once their images exist. Asked for again, they are computed again.
 """
 
 import contextlib
@@ -54,6 +58,7 @@ import re
 import shutil
 import tempfile
 import time
+import traceback
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -432,13 +437,46 @@ def _compute(spec, final: Path, asked: dict) -> None:
     part = final.with_name(f"{final.name}.part-{os.getpid()}-{platform.node()}")
     part.mkdir(parents=True)
     try:
-        started = time.perf_counter()
-        perform(spec, part)
-        manifest = _manifest(spec, part, asked, time.perf_counter() - started)
-        (part / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
-        _publish(part, final, asked)
+        with _logged(final) as started:
+            perform(spec, part)
+            manifest = _manifest(spec, part, asked, time.perf_counter() - started)
+            (part / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
+            _publish(part, final, asked)
     finally:
         shutil.rmtree(part, ignore_errors=True)
+
+
+def log_of(place: Path) -> Path:
+    """The log of the step with this folder, whether it exists or not."""
+    return RUNS / "logs" / place.parent.name / f"{place.name}.log"
+
+
+@contextlib.contextmanager
+def _logged(final: Path) -> Iterator[float]:
+    """Write into the log of a step when it starts and how it ends, with the traceback of a failure; yields the start.
+
+    A start without an end is a process that was killed.
+    """
+    file, started = log_of(final), time.perf_counter()
+    kept = (RUNS / "scratch" / final.name).is_dir()
+    who = f"process {os.getpid()} on {platform.node()}"
+
+    def note(text: str) -> None:
+        with contextlib.suppress(OSError):  # a full disk must not cost the step its own message
+            file.parent.mkdir(parents=True, exist_ok=True)
+            with file.open("a", encoding="utf-8") as log:
+                log.write(f"{datetime.now(UTC).isoformat(timespec='seconds')} {text}\n")
+
+    note(f"started{' on kept work' if kept else ''}: {who}, {', '.join(f'{k} {v}' for k, v in _versions().items())}")
+    try:
+        yield started
+    except BaseException as error:
+        what = "failed" if isinstance(error, Exception) else "interrupted"
+        note(
+            f"{what} after {time.perf_counter() - started:.1f} s\n{''.join(traceback.format_exception(error)).rstrip()}"
+        )
+        raise
+    note(f"finished after {time.perf_counter() - started:.1f} s")
 
 
 def _remove_leftovers(final: Path) -> None:
@@ -531,11 +569,53 @@ def run(specs: Iterable, client=None, description: str = "steps") -> pd.DataFram
     if waiting and client is None:
         _require_writable_runs()
     done = len(specs) - sum(rows[place] for place in waiting)
+    drop = _dropping(dict(zip(places, specs, strict=True)), waiting)
     with tqdm(desc=description, total=len(specs), initial=done, unit="spec", mininterval=2) as bar:
-        failed = _work_through(waiting, client, lambda place: bar.update(rows[place]))
+
+        def finished(place: Path) -> None:
+            bar.update(rows[place])
+            drop(place)
+
+        failed = _work_through(waiting, client, finished)
     if failed:
         raise RuntimeError(_failures(waiting, failed)) from next(iter(failed.values()))
     return _table(specs, places)
+
+
+def _dropping(asked: dict, waiting: dict) -> Callable[[Path], None]:
+    """A function to call when a step of `waiting` is finished: it removes what FX_DROP names and no other still needs.
+
+    asked, waiting: folder -> spec. What is asked for itself stays. What nothing that waits needs goes at once.
+    """
+    kinds = {kind for kind in os.environ.get("FX_DROP", "").replace(" ", "").lower().split(",") if kind}
+    if not kinds:
+        return lambda place: None
+    needs = {place: _inside(spec, kinds) - asked.keys() for place, spec in asked.items()}
+    left = Counter(inner for place in waiting for inner in needs[place])
+    for inner in set().union(*needs.values()) - left.keys():
+        _drop(inner)
+
+    def drop(place: Path) -> None:
+        for inner in needs[place]:
+            left[inner] -= 1
+            if not left[inner]:
+                _drop(inner)
+
+    return drop
+
+
+def _inside(spec, kinds: set[str]) -> set[Path]:
+    """The folders of the steps of these kinds that a spec holds, at any depth."""
+    nested = {node for _, node in _walk(spec) if node is not spec and _is_step(node)}
+    return {folder(node) for node in nested if type(node).__name__.lower() in kinds}
+
+
+def _drop(place: Path) -> None:
+    """Remove a finished step, unless it is being computed."""
+    if place.is_dir() and not is_being_computed(place.name):
+        gone = place.with_name(f"{place.name}.part-{os.getpid()}-{platform.node()}")
+        place.rename(gone)  # at once, so that nobody reads half of it
+        shutil.rmtree(gone, ignore_errors=True)
 
 
 def _work_through(waiting: dict, client, finished: Callable[[Path], object]) -> dict[Path, Exception]:

@@ -1,7 +1,9 @@
-"""What lies in the work area (fx.results.RUNS): python -m fx.runs [list | verify | prune | pack FILE | unpack FILE].
+"""What lies in the work area (fx.results.RUNS): python -m fx.runs [list | verify | log | prune | pack FILE | unpack FILE].
 
     python -m fx.runs                                  # a line per kind of step: finished, unfinished, set aside, sizes
     python -m fx.runs verify                           # files against their manifests; exit code 1 if one differs
+    python -m fx.runs log                              # steps whose last try failed or was killed, and where their logs are
+    python -m fx.runs log 3f9a                         # the log of the steps whose digest begins so
     python -m fx.runs prune --kinds generate           # what would go; --yes removes it
     python -m fx.runs pack scores.tar.xz               # finished scores, a few kilobytes each, to be kept or sent
     python -m fx.runs unpack scores.tar.xz             # into this work area, where they need not be computed again
@@ -28,8 +30,9 @@ from tqdm import tqdm
 from fx import command, results
 
 SMALL = ("score", "quality", "reference", "captionsearch")  # kinds that are packed unless others are named: no images
-NOT_KINDS = ("scratch", "locks", "hashes", "executed")
+NOT_KINDS = ("scratch", "locks", "logs", "hashes", "executed")
 FINISHED = re.compile(r"[0-9a-f]{16}(-\d+)?")
+LOG_LINE = re.compile(r"\d{4}-\d\d-\d\dT[\d:]+\+00:00 (started|finished|failed|interrupted)\b")
 STATES = ("finished", "unfinished", "set aside")
 
 
@@ -122,6 +125,30 @@ def faults(kinds: Iterable[str] = ()) -> dict[Path, str]:
     return {path: fault for path, fault in told if fault}
 
 
+def logs(digest: str) -> list[Path]:
+    """The logs of the steps whose digest begins so, in order; ValueError if there is none."""
+    found = sorted(path for path in (results.RUNS / "logs").glob("*/*.log") if path.name.startswith(digest))
+    if not found:
+        raise ValueError(f"no step whose digest begins with {digest!r} has a log in {results.RUNS / 'logs'}")
+    return found
+
+
+def unended() -> dict[Path, str]:
+    """The logs of steps that did not end well when last tried, nor lie finished: "failed", "interrupted" or "killed".
+
+    A step that some process is computing now is none of them.
+    """
+    found = {}
+    for path in sorted((results.RUNS / "logs").glob("*/*.log")):
+        place = results.RUNS / path.parent.name / path.stem
+        if place.exists() or results.is_being_computed(path.stem):
+            continue
+        told = [match[1] for line in path.read_text(encoding="utf-8").splitlines() if (match := LOG_LINE.match(line))]
+        if told and told[-1] != "finished":
+            found[path] = "killed" if told[-1] == "started" else told[-1]
+    return found
+
+
 def to_prune(kinds: Iterable[str] = ()) -> list[Entry]:
     """What `prune` removes: with kinds all folders of these kinds, without only what is unfinished or set aside."""
     kinds = tuple(kinds)
@@ -203,6 +230,8 @@ def main(arguments: list[str] | None = None) -> int:
         command.add_argument("--kinds", nargs="+", default=[], metavar="KIND", help="generate, finetune, score, ...")
         if name == "prune":
             command.add_argument("--yes", action="store_true", help="remove; without it only say what would go")
+    log = commands.add_parser("log", help="what became of steps when they were tried")
+    log.add_argument("digest", nargs="?", default="", help="how it begins; without it, all that did not end well")
     for name, told in (("pack", "finished steps into a .tar.xz"), ("unpack", "take them over from one")):
         command = commands.add_parser(name, help=told)
         command.add_argument("file", type=Path)
@@ -230,6 +259,13 @@ def _do(given: argparse.Namespace) -> int:
             print(f"{path.parent.name}/{path.name}: {fault}")
         print(f"{len(found)} faults" if found else "every finished step is what its manifest says")
         return 1 if found else 0
+    elif given.command == "log" and given.digest:
+        for path in logs(given.digest):
+            print(f"{path.parent.name}/{path.stem}\n{path.read_text(encoding='utf-8')}", end="")
+    elif given.command == "log":
+        for path, what in (found := unended()).items():
+            print(f"{path.parent.name}/{path.stem} {what}: {path}")
+        print(f"{len(found)} steps did not end well" if found else "no step is left that did not end well")
     elif given.command == "prune":
         return _prune(to_prune(given.kinds), given.yes)
     else:

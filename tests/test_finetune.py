@@ -313,6 +313,44 @@ def test_killed_and_run_again_the_result_is_the_same_bit_for_bit(
     assert equal(again, weights)
 
 
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        ("dreambooth", {}),
+        ("dreambooth", {"text_encoder": True}),
+        ("dreambooth", {"protection": Bayesian()}),
+        ("lora", {"protection": NoisyGradients()}),
+        ("lora", {}),
+    ],
+)
+def test_where_memory_is_short_activations_are_computed_twice_and_the_result_is_the_same(
+    spec, fresh, trained, monkeypatch, method, options
+):
+    asked, real, short, seen = spec(method, **options), finetune.denoise, [3], []
+    pipelines = [fresh() for _ in range(2)]
+    for pipeline in pipelines:
+        pipeline.text_encoder = copy.deepcopy(pipeline.text_encoder)
+    weights, losses = trained(asked, scratch="enough", pipeline=pipelines[0])
+
+    def denoise(*arguments):
+        seen.append(pipelines[1].unet.is_gradient_checkpointing)
+        if len(seen) in short:
+            raise torch.OutOfMemoryError
+        return real(*arguments)
+
+    monkeypatch.setattr(finetune, "denoise", denoise)
+    with pytest.warns(UserWarning, match="computed twice"):
+        again, losses_again = trained(asked, scratch="short", pipeline=pipelines[1])
+    assert seen[:3] == [False] * 3
+    assert all(seen[3:])
+    assert len(seen) > 3
+    assert np.allclose(losses_again, losses, atol=1e-6)
+    assert all(torch.allclose(again[name], weights[name], atol=1e-5) for name in weights)
+    short[:] = range(1, 10_000)
+    with pytest.raises(torch.OutOfMemoryError), pytest.warns(UserWarning, match="computed twice"):
+        trained(asked, scratch="none", pipeline=fresh())
+
+
 def test_the_state_is_saved_once_a_minute_has_passed_since_it_was_saved_last(spec, trained, monkeypatch):
     clock, saved = iter(range(0, 10_000, 25)), []  # 25 seconds from one look to the next
     monkeypatch.setattr(finetune, "time", SimpleNamespace(monotonic=lambda: next(clock)))

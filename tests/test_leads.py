@@ -1,5 +1,6 @@
 """What is worked out about a checkpoint: base, caption and number of images, and by what each is known."""
 
+import dataclasses
 import shutil
 from pathlib import Path
 
@@ -10,9 +11,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from fx import captions, leads, results
-from fx.families import denoise, encode, network
+from fx.families import denoise, encode
 from fx.finetune import FineTune, TrainingItem
-from fx.models import load_pair
+from fx.inspect import inspect
+from fx.models import load_pair, load_pipeline
 from fx.publishing import Published, published
 
 
@@ -67,17 +69,26 @@ def test_the_base_of_an_adapter_is_the_one_it_names_or_the_only_one_that_fits(ma
 @pytest.mark.parametrize("adapter", ["lora", "dora", "loha"])
 def test_weights_tell_no_adapters_base_whether_it_is_attached_or_merged(made, bases, monkeypatch, adapter):
     path, every = made("lora", "kohya", adapter=adapter), [bases["first"], bases["relative"]]
-    told = leads.pd.DataFrame({"base": every[::-1], "verdict": ["lowest", "higher"]})
-    monkeypatch.setattr(leads, "rank_by_loss", lambda *_: told)
-    assert leads.base_of(path, every) == (bases["relative"], "the loss on its own images")
+    told = leads.pd.DataFrame({"base": every[::-1], "verdict": ["highest", "lower"]})
+    monkeypatch.setattr(leads, "rank_by_alignment", lambda *_: told)
+    assert leads.base_of(path, every) == (bases["relative"], "its alignment")
 
 
-def test_the_loss_is_asked_with_the_caption_that_is_said(made, bases, monkeypatch):
-    path, asked = made("lora", "kohya", says=True), []
-    monkeypatch.setattr(leads, "base_of", lambda *given: asked.append(given) or (bases["first"], "its weights"))
-    leads.gather(path, [bases["first"]], guess="a thing")
-    leads.gather(made("lora", "kohya"), [bases["first"]], guess="a thing")
-    assert [given[3] for given in asked] == ["a dog", "a thing"]
+def test_images_are_drawn_with_the_caption_that_is_said_else_the_weights_else_a_guess(made, bases, monkeypatch):
+    every, asked = [bases["first"], bases["relative"]], []
+    told = leads.pd.DataFrame({"base": every, "verdict": ["highest", "lower"]})
+    monkeypatch.setattr(leads, "rank_by_alignment", lambda *given: asked.append(given[2]) or told)
+    monkeypatch.setattr(leads.captions, "rank", lambda change, pipeline, texts: tiny_rank(texts))
+    for says, candidates in ((True, ["a cat"]), (False, ["a cat", "a cow"]), (False, [])):
+        path = made("lora", "kohya", says=says)
+        monkeypatch.setattr(leads, "inspect", without_names)
+        leads.gather(path, every, candidates, guess="a thing")
+    assert asked == ["a dog", "a cat", "a thing"]
+
+
+def without_names(path: str):
+    """What a file says, but for its base."""
+    return dataclasses.replace(inspect(path), base_names=[])
 
 
 def test_a_network_that_has_nothing_in_common_with_any_base_is_refused(made, bases):
@@ -85,52 +96,94 @@ def test_a_network_that_has_nothing_in_common_with_any_base_is_refused(made, bas
         leads.base_of(made("dreambooth", "parts"), [bases["stranger"]])
 
 
-def test_where_an_adapter_says_nothing_the_loss_decides_and_doubt_is_said(made, bases, monkeypatch):
+def test_where_an_adapter_says_nothing_its_alignment_decides_and_doubt_is_said(made, bases, monkeypatch):
     path, every = made("lora", "kohya"), [bases["first"], bases["relative"]]
-    table = leads.rank_by_loss(path, every, n=4, steps=2)
-    monkeypatch.setattr(leads, "rank_by_loss", lambda *_: table)
+    table = leads.rank_by_alignment(path, every, n=4, steps=2, passes=1)
+    monkeypatch.setattr(leads, "rank_by_alignment", lambda *_: table)
     base, by = leads.base_of(path, every)
     assert base == table.base[0]
     doubt = table.verdict[1] == "not told apart"
-    assert by == "the loss on its own images" + (f", not told apart from {table.base[1]}" if doubt else "")
+    assert by == "its alignment" + (f", not told apart from {table.base[1]}" if doubt else "")
 
 
-def test_losses_of_all_bases_are_of_the_same_noised_images(made, bases):
-    """Against the loss written out: what each base draws with the adapter, noised alike, denoised by each."""
-    path, every = made("lora", "kohya", learning_rate=2e-2), [bases["stranger"], bases["first"]]
-    table = leads.rank_by_loss(path, every, "a dog", n=3, steps=2).set_index("base")
-    pairs = {base: load_pair(base, path) for base in every}
-    with torch.no_grad():
-        x0 = torch.cat([leads._draw(pair, "a dog", 3, 2) for pair in pairs.values()])
-        assert x0.shape == (6, 4, 4, 4)
-        found = {}
-        for base, pair in pairs.items():
-            draw, logs = torch.Generator().manual_seed(0), []
-            for level in leads.LEVELS:
-                t, eps = round(level * 999), torch.randn(x0.shape, generator=draw)
-                kept = pair.tuned.scheduler.alphas_cumprod[t]
-                x = kept.sqrt() * x0 + (1 - kept).sqrt() * eps
-                predicted = denoise(network(pair.tuned), x, torch.tensor(t), encode(pair.tuned, "a dog"))
-                logs.append(((predicted - eps) ** 2).mean(dim=(1, 2, 3)).log())
-            found[base] = torch.stack(logs).mean(dim=0).double().numpy()
-    for base, losses in found.items():
-        assert table.loss[base] == pytest.approx(losses.mean(), abs=1e-5)
-    first, second = table.index
-    assert table.loss[first] <= table.loss[second]
-    apart = found[second] - found[first]
-    half = 2.570582 * apart.std(ddof=1) / np.sqrt(6)  # Student's t, 5 degrees of freedom
-    assert [table.low[second], table.high[second]] == pytest.approx(
-        [apart.mean() - half, apart.mean() + half], abs=1e-5
+def descent(base: str, x0: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Minus the signs of the gradient of the loss on latents, in one batch, for every linear layer of the U-Net."""
+    pipeline = load_pipeline(base)
+    draw = torch.Generator().manual_seed(0)
+    x0 = x0[torch.randperm(len(x0), generator=draw)]
+    t, eps = torch.randint(1000, (len(x0),), generator=draw), torch.randn(x0.shape, generator=draw)
+    kept = pipeline.scheduler.alphas_cumprod[t].reshape(-1, 1, 1, 1)
+    x, unet = kept.sqrt() * x0 + (1 - kept).sqrt() * eps, pipeline.unet.requires_grad_(True)
+    predicted = denoise(unet, x, t, encode(pipeline, "a dog").expand(len(x0)))
+    ((predicted - eps) ** 2).mean().backward()
+    linear = {name for name, layer in unet.named_modules() if isinstance(layer, torch.nn.Linear)}
+    return {name: -unet.get_submodule(name).weight.grad.sign() for name in linear}
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_a_change_that_is_a_step_down_the_gradient_is_wholly_aligned(bases, tmp_path, sign):
+    """With one batch an entry over its root mean square is its sign."""
+    x0 = torch.randn(5, 4, 4, 4, generator=torch.Generator().manual_seed(1))
+    steps, pipeline = descent(bases["first"], x0), load_pipeline(bases["first"])
+    for name, step in steps.items():
+        pipeline.unet.get_submodule(name).weight.data += sign * 1e-3 * step
+    pipeline.unet.save_pretrained(tmp_path / "unet")
+    pair = load_pair(bases["first"], tmp_path)
+    found = leads.alignments(pair, x0, "a dog", passes=1)
+    # entries whose gradient is zero, or rounds to it, have no sign to agree in
+    share = torch.tensor([(step != 0).float().mean() for step in steps.values()])
+    assert len(found) == len(leads.changes_of(pair))
+    assert (sign * found > 0.97).sum() >= 0.8 * (share > 0.9).sum()
+    assert sign * np.median(found) > 0.97
+    other = leads.alignments(load_pair(bases["stranger"], tmp_path), x0, "a dog", passes=1)
+    assert np.abs(other).mean() < 0.5
+    assert not any(weight.requires_grad for weight in pair.base.unet.parameters())
+
+
+@pytest.mark.parametrize("form", ["diffusers", "kohya"])
+def test_an_adapters_change_is_the_product_of_its_matrices(made, bases, form):
+    path = made("lora", form)
+    pair, tensors = (
+        load_pair(bases["first"], path),
+        load_file(next(Path(path).glob("*.safetensors")) if Path(path).is_dir() else path),
     )
-    assert table.verdict.tolist() == ["lowest", "higher" if apart.mean() > half else "not told apart"]
+    found = leads.changes_of(pair)
+    ups = [name for name in tensors if "lora_up" in name or "lora.up" in name or "lora_B" in name]
+    assert len(found) == len(ups)
+    products = []
+    for up in ups:
+        down = up.replace("lora_up", "lora_down").replace("lora.up", "lora.down").replace("lora_B", "lora_A")
+        products.append(4 / 2 * tensors[up] @ tensors[down])  # alpha over rank
+    norms = sorted(float(product.norm()) for product in products)
+    assert sorted(float(change.norm()) for change in found.values()) == pytest.approx(norms, rel=1e-4)
+
+
+def test_bases_stand_in_the_order_of_their_mean_alignment_with_intervals_over_layers(made, bases, monkeypatch):
+    every = [bases[name] for name in ("first", "relative", "stranger")]
+    layers = dict(zip(every, ([0.1, 0.2, 0.3, 0.4], [0.3, 0.4, 0.5, 0.6], [0.3, 0.4, 0.5, 0.59]), strict=True))
+    monkeypatch.setattr(leads, "load_pair", lambda base, path: base)
+    monkeypatch.setattr(leads, "_draw", lambda *_: torch.zeros(2, 4, 4, 4))
+    monkeypatch.setattr(leads, "alignments", lambda base, *_: np.array(layers[base]))
+    table = leads.rank_by_alignment("file", every)
+    assert table.base.tolist() == [every[1], every[2], every[0]]
+    assert table.alignment.tolist() == pytest.approx([0.45, 0.4475, 0.25])
+    assert table.verdict.tolist() == ["highest", "not told apart", "lower"]
+    half = 3.182446 * 0.005 / 2  # Student's t, 3 degrees of freedom, of the differences 0, 0, 0, -.01
+    assert [table.low[1], table.high[1]] == pytest.approx([-0.0025 - half, -0.0025 + half], abs=1e-6)
+
+
+def test_a_checkpoint_that_changes_no_linear_layer_has_no_alignment(bases):
+    pair = load_pair(bases["first"], str(Path(bases["first"]) / "unet"))
+    with pytest.raises(ValueError, match="changes no linear layer"):
+        leads.alignments(pair, torch.zeros(2, 4, 4, 4), "a dog")
 
 
 def test_a_flow_models_adapter_is_ranked_too(picture_folder, runs, tmp_path):
     every = [str(tiny.save("sd3", tmp_path / name, seed)) for name, seed in (("one", 0), ("two", 5))]
     model = FineTune((TrainingItem(str(picture_folder), "a dog"),), every[0], "lora", 1e-3, 2, 2, 2, 2)
-    table = leads.rank_by_loss(str(published(Published(model, "diffusers"))), every, "a dog", n=2, steps=2)
+    table = leads.rank_by_alignment(str(published(Published(model, "diffusers"))), every, "a dog", 2, 2, 1)
     assert set(table.base) == set(every)
-    assert np.isfinite(table.loss).all()
+    assert np.isfinite(table.alignment).all()
 
 
 def test_a_caption_is_what_the_checkpoint_says_else_its_weights_else_a_guess(made, bases, monkeypatch):

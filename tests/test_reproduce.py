@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import runpy
 import sys
 from argparse import ArgumentTypeError
@@ -385,14 +386,17 @@ def test_what_a_run_needs_and_lacks_is_said_before_anything_starts(
     assert not (tmp_path / "runs").exists()
 
 
-def test_a_dry_run_says_it_and_ends(with_settings, executed, capsys, tmp_path):
+def test_a_dry_run_says_it_and_ends(with_settings, executed, capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(reproduce, "estimated", lambda given: "estimates")
     reproduce.main(["03", "--profile", "paper", "--dry-run", "-p", "artists=7"])
     said = capsys.readouterr().out
     assert "03-extraction.ipynb: settings_name='paper', families='paper paper-sdxl', artists=7" in said
     assert said.count("stabilityai/stable-diffusion-xl-base-1.0") >= 2
     assert "get dreambooth: " in said
     reproduce.main(["03", "--profile", "quick", "--dry-run"])
-    assert capsys.readouterr().out.endswith("03-extraction.ipynb: as it stands\nneeds nothing that is not here\n")
+    assert capsys.readouterr().out.endswith(
+        "03-extraction.ipynb: as it stands\nneeds nothing that is not here\nestimates\n"
+    )
     assert not executed
     assert not (tmp_path / "runs").exists()
 
@@ -408,3 +412,21 @@ def test_the_network_is_asked_only_on_request(with_settings, executed, monkeypat
     fetched, all_needs = asked
     assert set(fetched) == {"sscd_disc_mixup.torchscript.pt", "wikiart", "dreambooth"}
     assert "CompVis/stable-diffusion-v1-4" in all_needs
+
+
+def test_what_is_to_be_dropped_is_told_to_the_notebooks(notebooks, monkeypatch):
+    monkeypatch.setenv("FX_DROP", "")
+    reproduce.main(["01", "--drop", "finetune"])
+    assert os.environ["FX_DROP"] == "finetune"
+
+
+def test_a_dry_run_estimates_each_notebook_and_names_one_that_cannot_be_planned(with_settings, monkeypatch):
+    def steps(notebook, values):
+        if notebook.name.startswith("03"):
+            raise RuntimeError("03-extraction.ipynb could not be planned: why")
+        return [reproduce.plan.Planned("generate/a", False), reproduce.plan.Planned("generate/b", True)]
+
+    monkeypatch.setattr(reproduce.plan, "steps", steps)
+    text = reproduce.estimated({path: {} for path in reproduce.find_notebooks(["01", "03"])})
+    assert text.startswith("03-extraction.ipynb could not be planned: why\n")
+    assert re.search(r"01-fine-tuning\.ipynb +2 +1 +0\.0 +0\.0", text)

@@ -11,6 +11,7 @@ import math
 import multiprocessing
 import os
 import platform
+import re
 import runpy
 import shutil
 import signal
@@ -405,6 +406,86 @@ def test_killed_inside_a_long_step_goes_on_from_its_scratch(processes):
     assert (results.complete(Long(4)) / "state.txt").read_text() == "xxxx"
     assert calls() == {"long": 2} | {f"part {n}": 1 for n in range(4)}
     assert list((results.RUNS / "scratch").iterdir()) == []
+
+
+def lines_of(spec) -> list[str]:
+    return results.log_of(results.folder(spec)).read_text().splitlines()
+
+
+def test_the_log_of_a_step_tells_every_try(processes):
+    pid = kill_at(processes, "part 2", results.complete, Long(4))
+    results.complete(Long(4))
+    first, second, last = lines_of(Long(4))
+    assert f"started: process {pid} on {platform.node()}, python {platform.python_version()}" in first
+    assert f"started on kept work: process {os.getpid()}" in second
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\+00:00 finished after \d+\.\d s", last)
+    results.complete(Long(4))  # finished, so nothing is tried
+    assert len(lines_of(Long(4))) == 3
+
+
+@pytest.mark.parametrize(
+    ("what", "word", "error"), [("raises", "failed", RuntimeError), ("interrupted", "interrupted", KeyboardInterrupt)]
+)
+def test_the_log_of_a_failed_step_holds_its_traceback(what, word, error):
+    with pytest.raises(error):
+        results.run([Faulty(what)])
+    text = "\n".join(lines_of(Faulty(what)))
+    assert f" {word} after " in text
+    assert "Traceback" in text
+    assert f'case "{what}"' in text or "in _" in text
+
+
+def test_a_log_that_cannot_be_written_costs_nothing():
+    results.log_of(results.folder(Square(1))).parent.parent.mkdir(parents=True)
+    results.log_of(results.folder(Square(1))).parent.write_text("a file where the folder should be")
+    assert results.run([Square(1)]).square.tolist() == [1]
+
+
+# steps that are dropped
+
+
+def test_what_is_to_be_dropped_goes_when_nothing_that_was_asked_for_needs_it(monkeypatch):
+    monkeypatch.setenv("FX_DROP", "square")
+    shared, own = Square(1), Square(2)
+    seen = []
+    real = results._complete_here
+
+    def watched(waiting):
+        for place, error in real(waiting):
+            yield place, error
+            seen.append([results.folder(square).exists() for square in (shared, own)])
+
+    monkeypatch.setattr(results, "_complete_here", watched)
+    table = results.run([Mean((shared,)), Mean((shared, own)), Square(3)])
+    assert seen == [[True, False], [False, False], [False, False]]
+    assert results.folder(Square(3)).exists()  # asked for itself
+    assert table["mean"].tolist()[:2] == [1.0, 2.5]
+    assert leftovers() == []
+
+
+def test_what_was_asked_for_itself_or_is_of_another_kind_is_never_dropped(monkeypatch):
+    monkeypatch.setenv("FX_DROP", "mean, square")
+    results.run([Around(Mean((Square(1),))), Square(1)])
+    assert results.folder(Square(1)).exists()
+    assert results.folder(Around(Mean((Square(1),)))).exists()
+    results.complete(Square(5))
+    results.run([Mean((Square(6),))])
+    assert results.folder(Square(5)).exists()
+
+
+def test_what_a_killed_run_left_is_dropped_by_the_next_and_computed_again_where_it_is_needed(monkeypatch):
+    before = results.run([Mean((Square(1), Square(2)))])
+    monkeypatch.setenv("FX_DROP", "square")
+    pd.testing.assert_frame_equal(results.run([Mean((Square(1), Square(2)))]), before)
+    assert not results.folder(Square(1)).exists()
+    assert results.run([Mean((Square(1),))])["mean"].tolist() == [1.0]
+    assert calls() == {"square 1": 2, "square 2": 1, "mean": 2}
+
+
+def test_without_being_told_nothing_is_dropped(monkeypatch):
+    monkeypatch.delenv("FX_DROP", raising=False)
+    results.run([Mean((Square(1),))])
+    assert results.folder(Square(1)).exists()
 
 
 def test_scratch_has_a_place_of_its_own_and_goes_after_success_only():

@@ -144,6 +144,27 @@ def test_prune_leaves_the_kept_work_of_a_step_that_is_being_computed(area, capsy
     assert not scratch.exists()
 
 
+def test_log_prints_what_was_tried_and_names_what_did_not_end_well(area, capsys):
+    code, out, _ = said(capsys, "log", results.digest(Sum(1))[:8])
+    assert code == 0
+    assert out.startswith(f"sum/{results.digest(Sum(1))}\n")
+    assert "finished after" in out
+    assert said(capsys, "log")[:2] == (0, "no step is left that did not end well\n")
+    for a, ends in ((7, ["failed after 1.0 s"]), (8, []), (9, ["interrupted after 2.0 s"]), (1, [])):
+        path = results.log_of(results.folder(Sum(a)))
+        lines = [f"2026-01-01T00:00:00+00:00 {what}" for what in ("started: process 1 on here", *ends)]
+        path.write_text("\n".join([*lines, "Traceback", "ValueError: finished"]))
+    _, out, _ = said(capsys, "log")
+    told = {a: next((line for line in out.splitlines() if results.digest(Sum(a)) in line), "") for a in (7, 8, 9, 1)}
+    assert " failed: " in told[7]
+    assert " killed: " in told[8]
+    assert " interrupted: " in told[9]
+    assert told[1] == ""  # it lies finished
+    with filelock.FileLock(area / "locks" / f"{results.folder(Sum(8)).name}.lock"):
+        assert results.digest(Sum(8)) not in said(capsys, "log")[1]
+    assert said(capsys, "log", "zzz")[0] == 2
+
+
 def test_prune_of_a_kind_takes_its_finished_steps_and_no_other(area, capsys):
     said(capsys, "prune", "--kinds", "grown", "--yes")
     assert not any((area / "grown").iterdir())
