@@ -35,7 +35,9 @@ def specs(base: Path, pictures: Path) -> list[Score]:
 def kept(runs: Path) -> dict[str, bytes]:
     """Every file of every finished step but the manifests, which tell the time."""
     files = [
-        file for file in runs.glob("*/*/*") if file.is_file() and file.parent.parent.name not in ("locks", "hashes")
+        file
+        for file in runs.glob("*/*/*")
+        if file.is_file() and file.parent.parent.name not in ("locks", "hashes", "logs")
     ]
     return {file.relative_to(runs).as_posix(): file.read_bytes() for file in files if file.name != results.MANIFEST}
 
