@@ -368,11 +368,10 @@ def _within_memory(backward: Callable[[int], float], step: int, pipeline, spec: 
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     for part in found:
-        (
-            part.activation_checkpointing_enable
-            if isinstance(part, PreTrainedModel)
-            else part.enable_gradient_checkpointing
-        )()
+        if isinstance(part, PreTrainedModel):
+            part.activation_checkpointing_enable()
+        else:
+            part.enable_gradient_checkpointing()
     warnings.warn("the training does not fit into memory: activations are computed twice from here on", stacklevel=3)
     return backward(step)
 

@@ -360,14 +360,14 @@ def estimate(planned: dict[str, list[Planned]]) -> pd.DataFrame:
         own = [step for step in _largest(found) if step.place not in seen]
         seen |= {step.place for step in found}
         waiting = [step for step in own if not step.done]
-        hours = sum((_seconds(step) for step in waiting), 0.0) / 3600
+        seconds, size = np.sum([needed(step) for step in waiting], axis=0) if waiting else (0.0, 0.0)
         lines.append(
             {
                 "notebook": name,
                 "steps": len(own),
                 "done": len(own) - len(waiting),
-                "hours": hours,
-                "GB": sum((_bytes(step) for step in waiting), 0.0) / 1e9,
+                "hours": seconds / 3600,
+                "GB": size / 1e9,
             }
         )
     table = pd.DataFrame(lines, columns=["notebook", "steps", "done", "hours", "GB"])
@@ -386,25 +386,16 @@ def _largest(found: list[Planned]) -> list[Planned]:
     return list(most.values())
 
 
-def _seconds(step: Planned) -> float:
+def needed(step: Planned) -> tuple[float, float]:
+    """Seconds and bytes of a step; nan where its base model is of unknown size."""
     if not step.base:
-        return 0.0
-    size = size_of(step.base)
-    if size is None:
-        return float("nan")
-    factor = BACKWARD[step.model.partition(":")[0]] if step.model else 1.0
-    return (step.forward + factor * step.trained) * size.seconds
-
-
-def _bytes(step: Planned) -> float:
-    if not step.base:
-        return 0.0
-    size = size_of(step.base)
-    if size is None:
-        return float("nan")
+        return 0.0, 0.0
+    if (size := size_of(step.base)) is None:
+        return float("nan"), float("nan")
     method, _, rank = step.model.partition(":")
     weights = {"dreambooth": size.parameters, "lora": size.inner * int(rank or 0), "": 0}[method]
-    return 4.0 * weights + PNG * 3 * size.side**2 * step.images
+    seconds = (step.forward + BACKWARD.get(method, 0.0) * step.trained) * size.seconds
+    return seconds, 4.0 * weights + PNG * 3 * size.side**2 * step.images
 
 
 def main() -> None:

@@ -55,14 +55,6 @@ def test_every_step_is_found_once_and_none_is_done(notebook, runs):
     assert not (runs / "finetune").exists()
 
 
-def test_a_notebooks_own_steps_are_those_that_it_does(runs):
-    """Against the notebook's own parameters: fine-tunings of one item by both methods and what they draw."""
-    notebook = find_notebooks(["01"])[0]
-    found = plan.steps(notebook, parameters(notebook, "quick", {}))
-    assert kinds(found)["finetune"] >= 2
-    assert {step.base for step in found if step.base} == {"mini-sd"}
-
-
 @pytest.mark.parametrize("number", ["03", "10"])
 def test_the_papers_notebooks_are_planned_without_its_models_and_images(number, runs):
     notebook = find_notebooks([number])[0]
