@@ -23,7 +23,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from fx.families import TEXT_PARTS, TOKENIZERS, network, network_name
-from fx.models import ModelPair, without_adapters
+from fx.models import ModelPair, acting_weight, without_adapters
 
 PROJECTIONS = ("to_k", "to_v")
 NOISE = 0.03  # variance of what no caption explains, of a caption's mean variance in one direction
@@ -112,9 +112,7 @@ def _weights(pair: ModelPair, model: str, projections: Sequence[str]) -> tuple[T
     with torch.no_grad(), without_adapters(switched_off):
         for name, layer in network(pipeline).named_modules():
             if name.endswith(tuple(f"attn2.{part}" for part in projections)):
-                like = next(layer.parameters())
-                unit = torch.eye(layer.in_features, dtype=like.dtype, device=like.device)
-                found.append((layer(unit) - layer(torch.zeros_like(unit))).T.float().cpu())
+                found.append(acting_weight(layer).float().cpu())
     return tuple(found)
 
 

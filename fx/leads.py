@@ -23,7 +23,7 @@ from fx import captions, checkpoints, results
 from fx.families import FLOWS, denoise, latent_shape, network, noising
 from fx.inspect import inspect, rank_bases
 from fx.metrics import paired_interval
-from fx.models import ModelPair, load_pair, model_folder, without_adapters
+from fx.models import ModelPair, acting_weight, load_pair, model_folder, own_layer, without_adapters
 from fx.sampling import arm_scheduler, predictor, starting_latents, walk
 from fx.tuned import Checkpoint
 
@@ -181,7 +181,7 @@ def alignments(pair: ModelPair, x0: Tensor, caption: str, passes: int = 4, batch
     """
     model, schedule, condition = network(pair.base), noising(pair.base), pair.condition("base", caption)
     changes = changes_of(pair)
-    weights = [_own(model.get_submodule(name)).weight for name in changes]
+    weights = [own_layer(model.get_submodule(name)).weight for name in changes]
     total, squares = ([torch.zeros_like(weight) for weight in weights] for _ in range(2))
     draw, batches = torch.Generator().manual_seed(0), 0
     with without_adapters([model] if pair.one_network else []):
@@ -214,9 +214,9 @@ def changes_of(pair: ModelPair) -> dict[str, Tensor]:
     Only layers that are changed; ValueError if none is.
     """
     tuned, base = network(pair.tuned), network(pair.base)
-    after = {name: _acting(layer) for name, layer in _linear_layers(tuned).items()}
+    after = {name: acting_weight(layer) for name, layer in _linear_layers(tuned).items()}
     with without_adapters([base] if pair.one_network else []):
-        before = {name: _acting(layer) for name, layer in _linear_layers(base).items()}
+        before = {name: acting_weight(layer) for name, layer in _linear_layers(base).items()}
     found = {name: after[name] - weight for name, weight in before.items() if not torch.equal(after[name], weight)}
     if not found:
         raise ValueError("the checkpoint changes no linear layer of the network")
@@ -227,23 +227,9 @@ def _linear_layers(model: nn.Module) -> dict[str, nn.Module]:
     """The linear layers of a network by name; one with an adapter counts as one layer."""
     found, above = {}, "\n"
     for name, layer in model.named_modules():
-        if not name.startswith(above) and isinstance(_own(layer), nn.Linear):
+        if not name.startswith(above) and isinstance(own_layer(layer), nn.Linear):
             found[name], above = layer, f"{name}."
     return found
-
-
-def _own(layer: nn.Module) -> nn.Module:
-    """The layer itself, without the adapter around it."""
-    return layer.get_base_layer() if hasattr(layer, "get_base_layer") else layer
-
-
-def _acting(layer: nn.Module) -> Tensor:
-    """What a linear layer multiplies by, its adapter included, [out, in]."""
-    weight = _own(layer).weight
-    if layer is _own(layer):
-        return weight.detach().clone()
-    unit = torch.eye(weight.shape[1], dtype=weight.dtype, device=weight.device)
-    return (layer(unit) - layer(torch.zeros_like(unit))).T
 
 
 @torch.no_grad()

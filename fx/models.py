@@ -197,6 +197,20 @@ def without_adapters(modules: list[nn.Module]) -> Iterator[None]:
             module.enable_adapters()
 
 
+def own_layer(layer: nn.Module) -> nn.Module:
+    """The layer itself, without the adapter around it."""
+    return layer.get_base_layer() if hasattr(layer, "get_base_layer") else layer
+
+
+def acting_weight(layer: nn.Module) -> Tensor:
+    """What a linear layer multiplies by, [out, in], whatever adapter is on it."""
+    weight = own_layer(layer).weight
+    if layer is own_layer(layer):
+        return weight.detach().clone()
+    unit = torch.eye(weight.shape[1], dtype=weight.dtype, device=weight.device)
+    return (layer(unit) - layer(torch.zeros_like(unit))).T
+
+
 def mixable(model: nn.Module) -> bool:
     """Whether the model has a LoRA that adds to its layers' outputs, and can do so for a part of a batch; not DoRA."""
     layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
