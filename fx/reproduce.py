@@ -185,7 +185,9 @@ def estimated(given: dict[Path, dict[str, object]]) -> str:
     device = (
         torch.cuda.get_device_name() if torch.cuda.is_available() else f"this CPU, {torch.get_num_threads()} threads"
     )
-    lines += [f"about, on {device}: hours of sampling and training, GB of images and checkpoints that are not done yet"]
+    lines += [
+        f"at least, on {device}: hours of sampling and training, GB of images and checkpoints that are not done yet"
+    ]
     return "\n".join([*lines, table])
 
 
