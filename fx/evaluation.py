@@ -289,7 +289,7 @@ def read_matches(spec: Score) -> dict[str, np.ndarray]:
 
 def image_side(spec: Score) -> int:
     """The side in pixels of the images that a finished Score is about."""
-    return open_image(picture_file(results.folder(spec.extract.generate), 0)).width
+    return open_image(picture_file(results.complete(spec.extract.generate), 0)).width
 
 
 def method_pictures(spec: Score, n: int = 4) -> dict[str, np.ndarray]:

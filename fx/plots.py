@@ -14,6 +14,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import FancyArrowPatch
 from matplotlib.transforms import ScaledTranslation
 
+from fx import provenance
 from fx.metrics import mean_interval
 from fx.paths import COMPLETE, FIGURES, SHIPPED_FIGURES
 
@@ -299,10 +300,11 @@ def complete(name: str, profile: str = COMPLETE) -> Image | str:
 
 
 def save(figure: Figure, name: str, profile: str) -> Path:
-    """Save as figures/<name>-<profile>.png and say where."""
+    """Save as figures/<name>-<profile>.png, note its steps (fx.provenance), and say where."""
     FIGURES.mkdir(parents=True, exist_ok=True)
     path = FIGURES / f"{name}-{profile}.png"
     figure.savefig(path)
+    provenance.note(path, FIGURES.parent / "data/results" / profile)
     return path
 
 

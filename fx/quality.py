@@ -161,7 +161,7 @@ def pixels(images: np.ndarray | Tensor) -> Tensor:
     return torch.from_numpy(np.array(images)).permute(0, 3, 1, 2)
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def features(judge: Judge, images: np.ndarray | Tensor, batch_size: int = 64) -> np.ndarray:
     """Features float32 [n, d] of unit length: a CLIP's image embedding, a ViT's class token behind the last norm.
 

@@ -46,6 +46,7 @@ them any more: checkpoints of gigabytes, once their images exist. Asked for agai
 
 import contextlib
 import dataclasses
+import errno
 import functools
 import hashlib
 import importlib.metadata
@@ -75,6 +76,7 @@ RUNS: Path = Path(__file__).resolve().parents[1] / Path(os.environ.get("FX_RUNS"
 
 MANIFEST = "manifest.json"
 SCORES = "scores.json"
+FULL = 2**20  # bytes free below which a disk counts as full
 LARGE = 64 * 2**20  # bytes from which on a file's SHA-256 is remembered beyond the process
 PACKAGES = ("torch", "diffusers", "transformers", "peft", "numpy", "fx")
 
@@ -437,13 +439,25 @@ def _compute(spec, final: Path, asked: dict) -> None:
     part = final.with_name(f"{final.name}.part-{os.getpid()}-{platform.node()}")
     part.mkdir(parents=True)
     try:
-        with _logged(final) as started:
+        with _logged(final) as started, _full_disk_named():
             perform(spec, part)
             manifest = _manifest(spec, part, asked, time.perf_counter() - started)
             (part / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
             _publish(part, final, asked)
     finally:
         shutil.rmtree(part, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _full_disk_named() -> Iterator[None]:
+    """A library that meets a full disk may raise anything at all: then an OSError that says what it is."""
+    try:
+        yield
+    except Exception as error:
+        if getattr(error, "errno", None) == errno.ENOSPC or shutil.disk_usage(RUNS).free >= FULL:
+            raise
+        reason = f"{os.strerror(errno.ENOSPC)} (met as {type(error).__name__}: {error})"
+        raise OSError(errno.ENOSPC, reason, str(RUNS)) from error
 
 
 def log_of(place: Path) -> Path:
@@ -579,7 +593,16 @@ def run(specs: Iterable, client=None, description: str = "steps") -> pd.DataFram
         failed = _work_through(waiting, client, finished)
     if failed:
         raise RuntimeError(_failures(waiting, failed)) from next(iter(failed.values()))
+    _asked_for.update(dict.fromkeys(f"{place.parent.name}/{place.name}" for place in places))
     return _table(specs, places)
+
+
+_asked_for: dict[str, None] = {}
+
+
+def asked_for() -> list[str]:
+    """The steps, "kind/digest", whose results this process has got from `run`, each once, in order."""
+    return list(_asked_for)
 
 
 def _dropping(asked: dict, waiting: dict) -> Callable[[Path], None]:

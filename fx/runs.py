@@ -1,9 +1,10 @@
-"""What lies in the work area (fx.results.RUNS): python -m fx.runs [list | verify | log | prune | pack FILE | unpack FILE].
+"""What lies in the work area (fx.results.RUNS): python -m fx.runs [list | verify | log | why | prune | pack | unpack].
 
     python -m fx.runs                                  # a line per kind of step: finished, unfinished, set aside, sizes
     python -m fx.runs verify                           # files against their manifests; exit code 1 if one differs
     python -m fx.runs log                              # steps whose last try failed or was killed, and where their logs are
     python -m fx.runs log 3f9a                         # the log of the steps whose digest begins so
+    python -m fx.runs why data/results/mini/table01.csv     # the steps behind a table or figure; --manifests: all of them
     python -m fx.runs prune --kinds generate           # what would go; --yes removes it
     python -m fx.runs pack scores.tar.xz               # finished scores, a few kilobytes each, to be kept or sent
     python -m fx.runs unpack scores.tar.xz             # into this work area, where they need not be computed again
@@ -19,6 +20,7 @@ import shutil
 import sys
 import tarfile
 import tempfile
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +29,7 @@ import pandas as pd
 import psutil
 from tqdm import tqdm
 
-from fx import command, results
+from fx import command, provenance, results
 
 SMALL = ("score", "quality", "reference", "captionsearch")  # kinds that are packed unless others are named: no images
 NOT_KINDS = ("scratch", "locks", "logs", "hashes", "executed")
@@ -149,6 +151,33 @@ def unended() -> dict[Path, str]:
     return found
 
 
+def why(file: Path) -> tuple[dict[str, dict | None], bool]:
+    """The steps behind a saved table or figure, and whether it is still the file that was saved.
+
+    The steps are "kind/digest" -> manifest, None for one that this work area does not have, in the order they were asked
+    for, each followed by the steps that it was built on. Raises as `fx.provenance.of` does.
+    """
+    record, found = provenance.of(file), {}
+    waiting = record.steps[::-1]
+    while waiting:
+        if (step := waiting.pop()) in found:
+            continue
+        try:
+            found[step] = json.loads((results.RUNS / step / results.MANIFEST).read_bytes())
+            waiting += _nested(found[step]["spec"])[::-1]
+        except (OSError, ValueError, KeyError, TypeError):
+            found[step] = None
+    return found, record.unchanged
+
+
+def _nested(asked) -> list[str]:
+    """The addresses of steps in what a manifest says was asked."""
+    if isinstance(asked, dict) and asked.keys() == {"kind", "digest"}:
+        return [f"{asked['kind']}/{asked['digest']}"]
+    inside = asked.values() if isinstance(asked, dict) else asked if isinstance(asked, list) else []
+    return [step for value in inside for step in _nested(value)]
+
+
 def to_prune(kinds: Iterable[str] = ()) -> list[Entry]:
     """What `prune` removes: with kinds all folders of these kinds, without only what is unfinished or set aside."""
     kinds = tuple(kinds)
@@ -232,6 +261,9 @@ def main(arguments: list[str] | None = None) -> int:
             command.add_argument("--yes", action="store_true", help="remove; without it only say what would go")
     log = commands.add_parser("log", help="what became of steps when they were tried")
     log.add_argument("digest", nargs="?", default="", help="how it begins; without it, all that did not end well")
+    asked = commands.add_parser("why", help="the steps behind a table or figure")
+    asked.add_argument("file", type=Path)
+    asked.add_argument("--manifests", action="store_true", help="with what was asked of each, its inputs and versions")
     for name, told in (("pack", "finished steps into a .tar.xz"), ("unpack", "take them over from one")):
         command = commands.add_parser(name, help=told)
         command.add_argument("file", type=Path)
@@ -266,11 +298,29 @@ def _do(given: argparse.Namespace) -> int:
         for path, what in (found := unended()).items():
             print(f"{path.parent.name}/{path.stem} {what}: {path}")
         print(f"{len(found)} steps did not end well" if found else "no step is left that did not end well")
+    elif given.command == "why":
+        _tell(given.file, given.manifests)
     elif given.command == "prune":
         return _prune(to_prune(given.kinds), given.yes)
     else:
         print(overview(getattr(given, "kinds", ())).to_string(index=False, float_format="{:.1f}".format))
     return 0
+
+
+def _tell(file: Path, whole: bool) -> None:
+    """Print the steps behind a file, a line or a manifest each."""
+    found, unchanged = why(file)
+    for step, manifest in found.items():
+        if manifest is None:
+            print(f"{step}  not in this work area")
+        elif whole:
+            print(json.dumps({"step": step} | manifest, indent=1))
+        else:
+            print(f"{step}  {manifest['finished']}  {manifest['seconds']:.1f} s  fx {manifest['versions']['fx']}")
+    count = ", ".join(f"{n} {kind}" for kind, n in sorted(Counter(step.partition("/")[0] for step in found).items()))
+    print(f"{file}: {len(found)} steps ({count or 'none'})")
+    if not unchanged:
+        print(f"{file} is not the file that was saved then: it was changed afterwards")
 
 
 def _prune(found: list[Entry], remove: bool) -> int:

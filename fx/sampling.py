@@ -199,8 +199,8 @@ def save_picture(path: Path, pixels: np.ndarray) -> None:
 
 
 def generated_pictures(spec: Generate, numbers: Sequence[int] | None = None) -> np.ndarray:
-    """Images of a finished Generate (all, or those of the given numbers), uint8 [n, h, w, 3]."""
-    folder = results.folder(spec)
+    """Images of a Generate (all, or those of the given numbers), uint8 [n, h, w, 3]; made now if they are not there."""
+    folder = results.complete(spec)
     chosen = range(spec.n_generated) if numbers is None else numbers
     return np.stack([np.asarray(Image.open(picture_file(folder, number))) for number in chosen])
 

@@ -188,7 +188,7 @@ def copy_thresholds(name: str | Path) -> tuple[float, float]:
     return thresholds["loose"], thresholds["strict"]
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def descriptors(model: nn.Module, images: Tensor, batch_size: int = 64) -> np.ndarray:
     """Descriptors float32 [n, d] of images [n, 3, h, w] in [-1, 1], computed in eval mode on the model's device.
 

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from fx import provenance
 from fx.metrics import holm, mean_interval, paired_interval, paired_p_value
 from fx.paths import COMPLETE, PAPER, SHIPPED_TABLES, TABLES
 
@@ -144,8 +145,9 @@ def complete(name: str, profile: str = COMPLETE) -> pd.DataFrame | str:
 
 
 def save(rows: pd.DataFrame, name: str, profile: str) -> Path:
-    """Write data/results/<profile>/<name>.csv, floats with six significant digits."""
+    """Write data/results/<profile>/<name>.csv, floats with six significant digits, and note its steps (fx.provenance)."""
     folder = TABLES / profile
     folder.mkdir(parents=True, exist_ok=True)
     rows.to_csv(path := folder / f"{name}.csv", index=False, float_format="%.6g")
+    provenance.note(path, folder)
     return path

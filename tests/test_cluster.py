@@ -1,5 +1,6 @@
-"""A cluster of three processes of which one is killed: the same table and the same images, byte by byte, as done here."""
+"""Begun alone, moved to a cluster of three processes, one of them killed: the same table and images, byte by byte."""
 
+import multiprocessing
 import os
 import signal
 import threading
@@ -42,8 +43,27 @@ def kept(runs: Path) -> dict[str, bytes]:
     return {file.relative_to(runs).as_posix(): file.read_bytes() for file in files if file.name != results.MANIFEST}
 
 
+def begin_alone(runs: Path, base: Path, pictures: Path) -> None:
+    """What another process does on its own, before there is a cluster."""
+    results.RUNS = runs
+    torch.set_num_threads(1)
+    results.run(specs(base, pictures))
+
+
+def kill_in_the_middle(runs: Path, base: Path, pictures: Path) -> list[str]:
+    """Let a process begin alone and kill it when it has sampled some images; the steps that it had finished."""
+    process = multiprocessing.get_context("spawn").Process(target=begin_alone, args=(runs, base, pictures))
+    process.start()
+    while len(list(runs.glob("scratch/*/*.png"))) < 20:
+        assert process.is_alive()
+        time.sleep(0.01)
+    process.kill()
+    process.join()
+    return sorted(f"{path.parent.name}/{path.name}" for path in runs.glob("*/*") if (path / results.MANIFEST).is_file())
+
+
 @pytest.mark.long
-def test_a_cluster_that_loses_a_worker_computes_what_one_process_does(tiny_sd, picture_folder, tmp_path, monkeypatch):
+def test_a_run_moved_to_a_cluster_that_loses_a_worker_ends_the_same(tiny_sd, picture_folder, tmp_path, monkeypatch):
     asked, threads = specs(tiny_sd, picture_folder), torch.get_num_threads()
     monkeypatch.setattr(results, "RUNS", alone := tmp_path / "alone")
     torch.set_num_threads(1)
@@ -52,11 +72,14 @@ def test_a_cluster_that_loses_a_worker_computes_what_one_process_does(tiny_sd, p
     monkeypatch.setattr(results, "RUNS", shared := tmp_path / "shared")
     monkeypatch.setenv("FX_RUNS", str(shared))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    before = kill_in_the_middle(shared, tiny_sd, picture_folder)
+    modified = {place: (shared / place / results.MANIFEST).stat().st_mtime_ns for place in before}
+    images = len(list(shared.glob("scratch/*/*.png")))
     killed = []
 
     def kill_one(pids: list[int]) -> None:
         """As soon as an image is there, the worker that has one of them in hand, or another."""
-        while not list(shared.glob("scratch/*/*.png")):
+        while len(list(shared.glob("scratch/*/*.png"))) <= images:
             time.sleep(0.01)
         os.kill(pids[0], signal.SIGKILL)
         killed.append(pids[0])
@@ -75,6 +98,8 @@ def test_a_cluster_that_loses_a_worker_computes_what_one_process_does(tiny_sd, p
     assert client.status == "closed"
     assert not [pid for pid in workers if psutil.pid_exists(pid)]  # the processes end with it
     assert killed
+    assert before
+    assert {place: (shared / place / results.MANIFEST).stat().st_mtime_ns for place in before} == modified
     pd.testing.assert_frame_equal(there, here)
     assert kept(shared) == kept(alone)
     assert not list(shared.glob("*/*.set-aside-*"))

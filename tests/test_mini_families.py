@@ -1,6 +1,8 @@
 """mini-alt and mini-sdxl: their losses against computations by hand, their encodings against the stock pipelines'."""
 
+import copy
 import json
+import re
 from types import SimpleNamespace
 
 import pandas as pd
@@ -8,12 +10,14 @@ import pytest
 import tiny
 import torch
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
+from safetensors.torch import load_file
 from torch.nn import functional as F
 from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from fx.families import AltConfig, AltTextEncoder, encode
 from fx.mini import alt, clip, sd, sdxl, training, vae
 from fx.models import load_pipeline
+from fx.paths import MODELS
 
 TEXTS = ["a red apple", "ein roter Apfel", "une pomme", "art style of mimooh", "リンゴ", "красное яблоко"]
 NAMES = {"en": {}, "de": {"red apple": "roter Apfel"}, "ru": {"red apple": "красное яблоко"}}
@@ -188,17 +192,28 @@ def test_a_saved_mini_alt_loads_as_altdiffusion_does(words, tmp_path):
 # mini-sdxl
 
 
-def test_the_unet_of_mini_sdxl_takes_over_what_fits_of_mini_sd():
-    unet, other = sdxl.build(), sd.build()
-    before = {name: tensor.clone() for name, tensor in unet.state_dict().items()}
+def test_mini_sdxl_begins_by_drawing_what_mini_sd_draws():
+    """Whatever the second encoder, the pooled caption and the sizes say; and the twin reads the first encoder only."""
+    torch.manual_seed(7)
+    unet, other = sdxl.build().eval(), sd.build().eval()
     taken = sdxl.start_from(unet, other)
-    given = other.state_dict()
-    fits = {name for name in before if name in given and given[name].shape == before[name].shape}
-    assert taken == sum(given[name].numel() for name in fits)
-    assert taken > 0.4 * sum(tensor.numel() for tensor in before.values())
-    for name, tensor in unet.state_dict().items():
-        assert torch.equal(tensor, given[name] if name in fits else before[name]), name
+    assert taken == sum(tensor.numel() for tensor in other.parameters())
+    x, t = torch.randn(2, 32, 8, 8, generator=rng(1)), torch.tensor([900, 20])
+    first, second = torch.randn(2, 2, 32, 192, generator=rng(2))
+    added = {"text_embeds": torch.randn(2, 128, generator=rng(3)), "time_ids": torch.tensor([sdxl.WHOLE] * 2).float()}
+    with torch.no_grad():
+        found = unet(x, t, torch.cat([first, second], dim=2), added_cond_kwargs=added).sample
+        torch.testing.assert_close(found, other(x, t, first).sample, atol=1e-5, rtol=1e-5)
     assert unet.config.addition_embed_type == "text_time"
+
+
+def test_mini_sdxl_learns_its_own_parts_only():
+    unet = sd.learn_apart(sdxl.build())
+    learned = {name for name, weight in unet.named_parameters() if weight.requires_grad}
+    others = set(dict(sd.build().named_parameters()))
+    assert {name for name in unet.state_dict() if name not in others} <= learned, "what mini-sd does not have"
+    assert {name for name in learned & others if ".attn2." not in name} == set()
+    assert sum(".attn2." in name for name in learned) == sum(".attn2." in name for name in others)
 
 
 def test_text_loss_is_the_symmetric_contrast_with_finished_image_features(tokenizer):
@@ -301,3 +316,54 @@ def test_crops_are_what_their_six_numbers_say():
         assert (line - expected)[3:-3].abs().max() < 1
     _, told = sdxl.crop(ramps, rng(), largest=64)
     assert told.tolist() == [list(sdxl.WHOLE)] * 12
+
+
+# on disk
+
+
+@pytest.fixture(scope="module")
+def beside(tmp_path_factory, tokenizer) -> SimpleNamespace:
+    """A mini-sdxl that has not learned anything, written beside the shipped mini-sd."""
+    folder = tmp_path_factory.mktemp("models")
+    for name in ("mini-sd", "mini-vae"):
+        (folder / name).symlink_to(MODELS / name)
+    torch.manual_seed(11)
+    base, unet = load_pipeline("mini-sd"), sdxl.build()
+    sdxl.start_from(unet, base.unet)
+    clip_model = CLIPModel.from_pretrained(MODELS / "mini-clip", dtype=torch.float32)
+    pipeline = sdxl.assemble(unet, base.vae, clip_model, sdxl.build_text(base.tokenizer), base.tokenizer)
+    sd.save_beside(folder, "mini-sdxl", pipeline)
+    return SimpleNamespace(folder=folder, pipeline=pipeline)
+
+
+def test_a_family_links_to_what_is_mini_sds_and_loads_by_the_stock_class(beside):
+    place = beside.folder / "mini-sdxl"
+    links = sorted(str(path.relative_to(place)) for path in place.rglob("*") if path.is_symlink())
+    assert links == ["text_encoder", "unet/diffusion_pytorch_model-00001-of-00002.safetensors", "vae"]
+    assert sum(path.stat().st_size for path in place.rglob("*.safetensors") if not path.is_symlink()) < 12e6
+    stock = StableDiffusionXLPipeline.from_pretrained(place, dtype=torch.float32)
+    for part in ("unet", "text_encoder", "text_encoder_2", "vae"):
+        own, loaded = (getattr(one, part).state_dict() for one in (beside.pipeline, stock))
+        assert own.keys() == loaded.keys()
+        for name, tensor in own.items():
+            assert torch.equal(tensor.half().float(), loaded[name]), (part, name)
+    assert type(load_pipeline(str(place))) is StableDiffusionXLPipeline
+
+
+def test_a_family_whose_unet_learned_elsewhere_too_is_not_written_as_if_it_had_not(beside):
+    changed = copy.deepcopy(beside.pipeline)
+    with torch.no_grad():
+        changed.unet.mid_block.resnets[0].conv1.weight[0, 0, 0, 0] += 1
+    with pytest.raises(ValueError, match="the U-Net of other does not have mini-sd's weights outside"):
+        sd.save_beside(beside.folder, "other", changed)
+
+
+def test_the_second_file_of_a_unet_holds_what_learns_apart(beside):
+    for name, at_most in (("mini-sd", "attn2"), ("mini-sdxl", "attn2|add_embedding")):
+        unet = beside.folder / name / "unet"
+        index = json.loads((unet / "diffusion_pytorch_model.safetensors.index.json").read_text())
+        for number in (1, 2):
+            file = f"diffusion_pytorch_model-0000{number}-of-00002.safetensors"
+            names = set(load_file(unet / file))
+            assert names == {name for name, place in index["weight_map"].items() if place == file}
+            assert all((re.search(at_most, name) is not None) == (number == 2) for name in names)

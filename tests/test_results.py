@@ -5,6 +5,7 @@ in this process and in killed ones.
 """
 
 import copy
+import errno
 import hashlib
 import json
 import math
@@ -702,6 +703,29 @@ def test_nothing_is_kept_of_a_step_that_goes_wrong(what, error, message):
     with pytest.raises(error, match=message):
         results.complete(Faulty(what))
     assert list((results.RUNS / "faulty").iterdir()) == []
+
+
+@dataclass(frozen=True)
+class Odd:
+    """A step in a library that says something odd."""
+
+    n: int = 0
+
+
+@results.perform.register
+def _(spec: Odd, folder: Path) -> None:
+    raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 64 vs 0")
+
+
+def test_a_full_disk_is_called_so_whatever_the_library_says(monkeypatch):
+    usage = shutil.disk_usage(Path.cwd())
+    with pytest.raises(RuntimeError, match="unexpected pos"):
+        results.complete(Odd())
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=4096))
+    with pytest.raises(OSError, match=r"No space left on device \(met as RuntimeError: .*unexpected pos") as found:
+        results.complete(Odd())
+    assert (found.value.errno, found.value.filename) == (errno.ENOSPC, str(results.RUNS))
+    assert "No space left on device" in results.log_of(results.folder(Odd())).read_text()
 
 
 def test_environment_summary_is_one_line_of_versions():

@@ -149,9 +149,7 @@ class Learner(nn.Module):
 
     def __init__(self, text: AltTextEncoder, unet: UNet2DConditionModel):
         super().__init__()
-        self.text, self.unet = text, unet
-        for name, weight in unet.named_parameters():
-            weight.requires_grad_(".attn2." in name)
+        self.text, self.unet = text, sd.learn_apart(unet)
 
     def forward(self, x: Tensor, t: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
         """Noised latents [b, c, h, w] at timesteps [b] under captions [b, 32] to the predicted noise."""

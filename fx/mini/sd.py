@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, DDIMScheduler, DiffusionPipeline, StableDiffusionPipeline, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer
@@ -159,21 +159,33 @@ def draw(pipeline: StableDiffusionPipeline, prompts: list[str], w: float = 3.0, 
     return (np.concatenate(images) * 255).round().astype(np.uint8)
 
 
-def split(folder: Path) -> None:
-    """Store the U-Net in `folder` in two files of its index, cross-attention in the second one.
+def learns_apart(name: str) -> bool:
+    """Whether a U-Net's weight of this name is one that mini-alt and mini-sdxl have of their own; others are mini-sd's."""
+    return ".attn2." in name or name.startswith("add_embedding.")
 
-    So a model that differs from this one in cross-attention only, as one made for another text encoder does, can link to the
-    first, which holds nine tenths of the weights.
+
+def learn_apart(unet: UNet2DConditionModel) -> UNet2DConditionModel:
+    """Let only the weights that `learns_apart` names be trained; the U-Net itself."""
+    for name, weight in unet.named_parameters():
+        weight.requires_grad_(learns_apart(name))
+    return unet
+
+
+def split(folder: Path) -> None:
+    """Store the U-Net in `folder` in two files of its index, in the second one the weights that `learns_apart` names.
+
+    So a model that differs from this one in those only, as one made for another text encoder does, can link to the first,
+    which holds nine tenths of the weights.
     """
     weights = load_file(whole := folder / "diffusion_pytorch_model.safetensors")
     parts = [{}, {}]
     for name, tensor in weights.items():
-        parts[".attn2." in name][name] = tensor
+        parts[learns_apart(name)][name] = tensor
     files = [f"{whole.stem}-{number}-of-00002.safetensors" for number in ("00001", "00002")]
     for file, part in zip(files, parts, strict=True):
         save_file(part, folder / file, metadata={"format": "pt"})
     size = sum(tensor.nbytes for tensor in weights.values())
-    places = {name: files[".attn2." in name] for name in sorted(weights)}
+    places = {name: files[learns_apart(name)] for name in sorted(weights)}
     index = {"metadata": {"total_size": size}, "weight_map": places}
     (folder / f"{whole.name}.index.json").write_text(json.dumps(index, indent=1) + "\n")
     whole.unlink()
@@ -181,17 +193,43 @@ def split(folder: Path) -> None:
 
 def save(folder: Path, pipeline: StableDiffusionPipeline, clip: CLIPModel) -> None:
     """Write mini-vae, mini-clip and mini-sd below `folder` as fp16 safetensors; mini-sd/vae is a link to mini-vae."""
-    for name in ("mini-vae", "mini-clip", "mini-sd"):
+    for name in ("mini-vae", "mini-clip"):
         shutil.rmtree(folder / name, ignore_errors=True)
     copy.deepcopy(clip).half().save_pretrained(folder / "mini-clip")
     pipeline.tokenizer.save_pretrained(folder / "mini-clip")
     image_processor(clip).save_pretrained(folder / "mini-clip")
-    half = copy.deepcopy(pipeline).to(torch.float16)
-    half.save_pretrained(folder / "mini-sd")
+    _write(folder / "mini-sd", pipeline)
     (folder / "mini-sd/vae").rename(folder / "mini-vae")
-    split(folder / "mini-sd/unet")
-    for name in ("mini-vae", "mini-sd/unet"):  # where a part was loaded from is nobody's business
-        config = json.loads((file := folder / name / "config.json").read_text())
+    (folder / "mini-sd/vae").symlink_to("../mini-vae")
+
+
+def save_beside(folder: Path, name: str, pipeline: DiffusionPipeline) -> None:
+    """Write a pipeline made from mini-sd's parts below `folder`, where mini-sd lies; what is mini-sd's is linked to.
+
+    ValueError if the U-Net has weights of its own beside those that `learns_apart` names.
+    """
+    _write(target := folder / name, pipeline)
+    first = "unet/diffusion_pytorch_model-00001-of-00002.safetensors"
+    own, shared = load_file(target / first), load_file(folder / "mini-sd" / first)
+    if own.keys() != shared.keys() or not all(torch.equal(own[key], shared[key]) for key in own):
+        raise ValueError(f"the U-Net of {name} does not have mini-sd's weights outside of its cross-attention")
+    _link(target / first, Path("../../mini-sd") / first)
+    _link(target / "vae", Path("../mini-vae"))
+    weights = [where / "text_encoder/model.safetensors" for where in (target, folder / "mini-sd")]
+    if weights[0].read_bytes() == weights[1].read_bytes():
+        _link(target / "text_encoder", Path("../mini-sd/text_encoder"))
+
+
+def _link(place: Path, to: Path) -> None:
+    shutil.rmtree(place) if place.is_dir() else place.unlink()
+    place.symlink_to(to)
+
+
+def _write(folder: Path, pipeline: DiffusionPipeline) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    copy.deepcopy(pipeline).to(torch.float16).save_pretrained(folder)
+    split(folder / "unet")
+    for part in ("vae", "unet"):  # where a part was loaded from is nobody's business
+        config = json.loads((file := folder / part / "config.json").read_text())
         config.pop("_name_or_path", None)
         file.write_text(json.dumps(config, indent=2) + "\n")
-    (folder / "mini-sd/vae").symlink_to("../mini-vae")

@@ -18,19 +18,17 @@ WHOLE = (64, 64, 0, 0, 64, 64)  # original height and width, top and left of the
 
 
 def build() -> UNet2DConditionModel:
-    """An untrained U-Net: 32x8x8 latents, attention on the lower level only, twice as deep there, as SDXL's is."""
+    """An untrained U-Net: mini-sd's blocks, cross-attention twice as wide, and what SDXL adds to the timestep."""
     return UNet2DConditionModel(
         sample_size=8,
         in_channels=32,
         out_channels=32,
         layers_per_block=1,
         block_out_channels=(128, 256),
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        transformer_layers_per_block=(1, 2),
+        down_block_types=("CrossAttnDownBlock2D",) * 2,
+        up_block_types=("CrossAttnUpBlock2D",) * 2,
         cross_attention_dim=2 * 192,
         attention_head_dim=4,
-        use_linear_projection=True,
         addition_embed_type="text_time",
         addition_time_embed_dim=32,
         projection_class_embeddings_input_dim=128 + 6 * 32,
@@ -38,13 +36,21 @@ def build() -> UNet2DConditionModel:
 
 
 def start_from(unet: UNet2DConditionModel, other: UNet2DConditionModel) -> int:
-    """Give `unet` the weights of `other` that have the same name and shape; the number of parameters that it took."""
-    own = unet.state_dict()
-    shared = {
-        name: tensor for name, tensor in other.state_dict().items() if name in own and own[name].shape == tensor.shape
-    }
-    unet.load_state_dict(shared, strict=False)
-    return sum(tensor.numel() for tensor in shared.values())
+    """Give `unet` mini-sd's weights; the number of parameters that it took.
+
+    Cross-attention to the first encoder's half is mini-sd's, to the second half zero, and so is what is added to the
+    timestep: training starts from what mini-sd draws. Only those parts learn (`sd.learns_apart`).
+    """
+    given, taken = other.state_dict(), 0
+    for name, tensor in unet.state_dict().items():
+        if name not in given:
+            tensor.zero_() if name.startswith("add_embedding.linear_2") else None
+            continue
+        old = given[name]
+        tensor.zero_()
+        tensor[tuple(map(slice, old.shape))].copy_(old)
+        taken += old.numel()
+    return taken
 
 
 def build_text(tokenizer: CLIPTokenizer) -> CLIPTextModelWithProjection:
