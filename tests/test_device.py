@@ -119,8 +119,8 @@ def test_the_judge_and_the_search_for_a_caption(tiny_sd, picture_folder, tmp_pat
     judge = str(tiny.save_judge("clip", tmp_path / "clip"))
     model = tuned(tiny_sd, picture_folder, "dreambooth", text_encoder=False)
     images = Generate(model, "cfg", 2.0, n_generated=4, steps=2)
-    both(Quality(images, (), judge, judge), tmp_path, monkeypatch, scores=0.02)  # an untrained judge magnifies a level
     both(CaptionSearch(model, most=1, proposals=4), tmp_path, monkeypatch)
+    both(Quality(images, (), judge, judge), tmp_path, monkeypatch, scores=0.02)  # an untrained judge magnifies a level
 
 
 def test_half_precision(tiny_sd, picture_folder, tmp_path, monkeypatch):
