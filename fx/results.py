@@ -22,7 +22,8 @@ Below `RUNS` lie
     <kind>/<digest>.part-<pid>-<host> a step being computed; renamed into place when it is finished
     <kind>/<digest>.set-aside-<n>     a folder that failed the check; kept for a person to look at, never read again
     scratch/<digest>/                 what a long step keeps in order to go on after an interruption
-    locks/<digest>.lock               held while a step is computed, so that nobody computes it a second time meanwhile
+    locks/<digest>.lock               held while a step is computed, so that nobody computes it a second time meanwhile; and
+    locks/<digest>.claim              who computes it, for machines that the lock does not reach (fx.locks)
     logs/<kind>/<digest>.log          when, where and by whom a step was tried, how long it took, and its traceback
 
 The address covers the settings, the outside content a step reads (`inputs`), the addresses of the steps it builds on and
@@ -66,10 +67,11 @@ from collections.abc import Callable, Iterable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 
-import filelock
 import pandas as pd
 import psutil
 from tqdm import tqdm
+
+from fx import locks
 
 # The environment variable FX_RUNS moves the work area; a relative one starts at the package root.
 RUNS: Path = Path(__file__).resolve().parents[1] / Path(os.environ.get("FX_RUNS") or "runs").expanduser()
@@ -403,34 +405,14 @@ def _set_aside(final: Path, fault: str) -> None:
 
 def is_being_computed(name: str) -> bool:
     """Whether some process holds the lock of the step whose folder has this name."""
-    path = RUNS / "locks" / f"{name}.lock"
-    if not path.exists():
-        return False
-    lock = filelock.FileLock(path)
-    try:
-        lock.acquire(timeout=0)
-    except filelock.Timeout:
-        return True
-    lock.release()
-    return False
+    return locks.is_held(RUNS / "locks" / f"{name}.lock")
 
 
 @contextlib.contextmanager
 def _alone(final: Path) -> Iterator[None]:
     """Hold the lock of one step; it is released when the process ends, however it ends."""
-    path = RUNS / "locks" / f"{final.name}.lock"
-    path.parent.mkdir(exist_ok=True)
-    lock = filelock.FileLock(path)
-    try:
-        lock.acquire(timeout=0)
-    except filelock.Timeout:
-        step = f"{final.parent.name}/{final.name}"
-        warnings.warn(f"another process or thread is computing {step}; waiting until it is finished", stacklevel=4)
-        lock.acquire(poll_interval=0.2)
-    try:
+    with locks.alone(RUNS / "locks" / f"{final.name}.lock", f"{final.parent.name}/{final.name}"):
         yield
-    finally:
-        lock.release()
 
 
 def _compute(spec, final: Path, asked: dict) -> None:

@@ -9,18 +9,19 @@ import nbformat
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline
 from scipy import stats
 from torch.nn import functional as F
 from torchvision.io import decode_jpeg, encode_jpeg
-from transformers import CLIPModel, CLIPTokenizer
+from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer
 
-from fx import sampling
+from fx import results, sampling
 from fx.datasets import SETS, SPLITS, load_images, load_item, names, to_uint8
-from fx.families import decode, make_scheduler
+from fx.families import AltTextEncoder, decode, make_scheduler
+from fx.finetune import FineTune, TrainingItem
 from fx.mini import clip, corpus, sscd, vae
 from fx.mini.pictures import to_float
-from fx.models import ModelPair, load_pipeline
+from fx.models import ModelPair, load_pair, load_pipeline
 from fx.paths import MODELS, NOTEBOOKS
 from fx.similarity import copy_thresholds, describe, load_descriptor, similarity_matrix
 
@@ -175,3 +176,52 @@ def test_what_is_a_copy_beyond_doubt_is_above_the_strict_threshold(pictures):
     original = sscd.describe(network, pictures)
     for copied in (stored, halved):
         assert ((sscd.describe(network, copied) * original).sum(dim=1) > strict).all()
+
+
+# the other two families
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"), [("mini-sdxl", StableDiffusionXLPipeline), ("mini-alt", StableDiffusionPipeline)]
+)
+def test_a_family_is_a_stock_pipeline_that_shares_what_is_mini_sds(name, kind):
+    stock, base = kind.from_pretrained(MODELS / name, dtype=torch.float32), load_pipeline("mini-sd")
+    own, shared = stock.unet.state_dict(), base.unet.state_dict()
+    assert all(torch.equal(own[key], tensor) for key, tensor in shared.items() if ".attn2." not in key)
+    read = {key: tensor for key, tensor in shared.items() if ".attn2." in key}
+    moved = [key for key, tensor in read.items() if not torch.equal(_of_mini_sd(own[key], tensor), tensor)]
+    assert len(moved) == len(read), "all of the cross-attention has learned"
+    assert type(load_pipeline(name)) is kind
+    text = stock.text_encoder
+    assert isinstance(text, AltTextEncoder if name == "mini-alt" else CLIPTextModel)
+    stock.scheduler = DDIMScheduler.from_config(stock.scheduler.config)
+    x = sampling.starting_latents((32, 8, 8), 3, range(2))
+    caption = "google emoji of red heart"
+    options = {"num_inference_steps": 5, "guidance_scale": 3.0, "latents": x, "output_type": "pt"}
+    expected = stock([caption] * 2, **options).images
+    pipeline = load_pipeline(name)
+    predict = sampling.predictor(ModelPair(pipeline, pipeline), caption, "cfg")
+    found = decode(pipeline, sampling.walk(predict, x, make_scheduler(pipeline, "ddim"), 5, 3.0))
+    assert torch.allclose((found / 2 + 0.5).clamp(0, 1), expected, atol=1e-4)
+
+
+def _of_mini_sd(own: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
+    """Of a weight of mini-sdxl's wider cross-attention the part that mini-sd has."""
+    return own[tuple(map(slice, tensor.shape))]
+
+
+@pytest.mark.parametrize("method", ["dreambooth", "lora"])
+@pytest.mark.parametrize("name", ["mini-sdxl", "mini-alt"])
+def test_a_fine_tune_of_a_family_round_trips(name, method, runs):
+    rank = {"rank": 4, "alpha": 4} if method == "lora" else {}
+    item = TrainingItem("style/mimooh", first=2)
+    spec = FineTune((item,), base=name, method=method, learning_rate=1e-3, steps_per_image=2, batch_size=2, **rank)
+    one, other = (load_pair(name, results.complete(spec)) for _ in range(2))
+    x, t = sampling.starting_latents((32, 8, 8), 0, range(2)), torch.tensor(500)
+    caption = load_item("style/mimooh").caption
+    with torch.no_grad():
+        tuned, again = (pair.predict("tuned", x, t, pair.condition("tuned", caption)) for pair in (one, other))
+        base = one.predict("base", x, t, one.condition("base", caption))
+    assert torch.equal(tuned, again)
+    assert not torch.allclose(tuned, base, atol=1e-4), "it has learned"
+    assert one.one_network == (method == "lora")
