@@ -63,12 +63,23 @@ def _name(file: Path) -> str:
     return f"{file.parent.name}/{file.name}" if file.suffix == ".png" else file.name
 
 
-def _read(record: Path) -> dict:
+def _read(record: Path) -> dict[str, dict]:
+    """The record, without what is not as `note` writes it; empty where there is none."""
     try:
         found = json.loads(record.read_text())
-        return {"files": dict(found["files"]), "steps": dict(found["steps"])}
-    except (OSError, ValueError, KeyError, TypeError):
+        files, steps = found["files"].items(), found["steps"].items()
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return {"files": {}, "steps": {}}
+    steps = {
+        first: asked for first, asked in steps if isinstance(asked, list) and all(isinstance(s, str) for s in asked)
+    }
+    return {"files": {name: entry for name, entry in files if _is_entry(entry, steps)}, "steps": steps}
+
+
+def _is_entry(entry, steps: dict) -> bool:
+    kinds = {"sha256": str, "first": str, "steps": int}
+    as_written = isinstance(entry, dict) and all(isinstance(entry.get(name), kind) for name, kind in kinds.items())
+    return as_written and entry["first"] in steps
 
 
 def _sha256(file: Path) -> str:
