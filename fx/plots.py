@@ -150,7 +150,7 @@ def score_curves(
     """Mean score over a quantity `x`, one panel per block, one line per arm with its 95% t-interval over items.
 
     lines: the column that tells the lines apart, if it is not the arm. Over guidance scales direct sampling, which has
-    none, is a dashed line at its mean. log: whether x has a logarithmic axis.
+    none, is a dashed line at its mean. log: whether x has a logarithmic axis. Bars of AS are cut off where it ends.
     """
     blocks = list(dict.fromkeys(rows[block]))
     figure, axes = plt.subplots(1, len(blocks), figsize=(3.6 * len(blocks), 2.6), sharey=True, squeeze=False)
@@ -174,6 +174,9 @@ def score_curves(
             axis.set_xscale("log")
             axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
             axis.minorticks_off()
+    if score.partition(" ")[0] == "AS" and (rows[score].dropna() >= 0).all():
+        low, high = axes[0, 0].get_ylim()  # the panels share it; bars of two items may reach beyond what AS can be
+        axes[0, 0].set_ylim(max(low, -0.05), min(high, 1.05))
     looks = {kind: {"linestyle": "--"} if kind in flat else {"marker": markers[kind]} for kind in order}
     handles = [Line2D([], [], color=colours[kind], **look) for kind, look in looks.items()]
     names = [LABELS.get(kind, str(kind)) for kind in order]

@@ -635,3 +635,15 @@ def test_tradeoff_has_a_numbered_point_at_the_means_with_intervals_and_a_name_fo
         edges = [tuple(points.get_edgecolor()[0]) for points in axis.collections]
         assert edges[0] != edges[1]
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["1 none", "2 cutout"]
+
+
+def test_bars_of_few_items_do_not_stretch_the_axis_of_as_beyond_what_as_can_be():
+    rows = pd.DataFrame(
+        [{"arm": "cfg", "method": "m", "n": n, "AS": value} for n in (1, 2) for value in (0.3 - n / 20, 0.6 + n / 20)]
+    )
+    figure = plots.score_curves(rows, "n")
+    assert figure.axes[0].get_ylim() == (-0.05, 1.05)
+    lower = plots.score_curves(
+        rows.assign(AS=rows.AS - 0.5).rename(columns={"AS": "AS above controls"}), "n", "AS above controls"
+    )
+    assert lower.axes[0].get_ylim()[0] < -1, "a difference may be below 0"
