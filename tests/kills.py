@@ -176,7 +176,7 @@ def disturb(case: str, kills: int, folder: Path, base: str, pictures: str, rng: 
     began = time.monotonic()
     assert ended(runner.begin(area), None)
     took = time.monotonic() - began
-    area.rename(undisturbed)  # both are done in one place: a checkpoint that a command makes has its place in its address
+    area.rename(undisturbed)  # done in one place: a checkpoint that a command makes has its place in its address
     area.mkdir()
     seen = {}
     while outcome.kills < kills:
