@@ -4,7 +4,7 @@
     python -m fx.runs verify                           # files against their manifests; exit code 1 if one differs
     python -m fx.runs log                              # steps whose last try failed or was killed, and where their logs are
     python -m fx.runs log 3f9a                         # the log of the steps whose digest begins so
-    python -m fx.runs why data/results/mini/table01.csv     # the steps behind a table or figure; --manifests: all of them
+    python -m fx.runs why data/results/mini/table02.csv     # the steps behind a table or figure; --manifests: all of them
     python -m fx.runs prune --kinds generate           # what would go; --yes removes it
     python -m fx.runs pack scores.tar.xz               # finished scores, a few kilobytes each, to be kept or sent
     python -m fx.runs unpack scores.tar.xz             # into this work area, where they need not be computed again

@@ -43,13 +43,11 @@ def start_from(unet: UNet2DConditionModel, other: UNet2DConditionModel) -> int:
     """
     given, taken = other.state_dict(), 0
     for name, tensor in unet.state_dict().items():
-        if name not in given:
-            tensor.zero_() if name.startswith("add_embedding.linear_2") else None
-            continue
-        old = given[name]
-        tensor.zero_()
-        tensor[tuple(map(slice, old.shape))].copy_(old)
-        taken += old.numel()
+        if name in given:
+            tensor.zero_()[tuple(map(slice, given[name].shape))].copy_(given[name])
+            taken += given[name].numel()
+        elif name.startswith("add_embedding.linear_2"):
+            tensor.zero_()
     return taken
 
 
