@@ -148,6 +148,7 @@ def finished(tmp_path, monkeypatch):
 
     monkeypatch.setattr(results, "run", run)
     monkeypatch.setattr(results, "folder", folder)
+    monkeypatch.setattr(results, "complete", folder)
     monkeypatch.setattr(results, "RUNS", tmp_path / "runs")
     monkeypatch.setattr(demo, "FIGURES", tmp_path / "figures")
     return photos, {arm: [first[arm] + index for index in chosen] for arm, chosen in matches.items()}
