@@ -422,7 +422,9 @@ def in_small(path: Path, profile: str) -> dict[str, object]:
     small = parameters(path, "smoke", {})
     if profile == "smoke":
         return small
-    counts = {name: value for name, value in small.items() if name not in ("profile", "settings_name", "families", "change")}
+    counts = {
+        name: value for name, value in small.items() if name not in ("profile", "settings_name", "families", "change")
+    }
     return parameters(path, profile, counts | {"change": FEW})
 
 
