@@ -174,7 +174,7 @@ def score_curves(
             axis.set_xscale("log")
             axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
             axis.minorticks_off()
-    if score.partition(" ")[0] == "AS" and (rows[score].dropna() >= 0).all():
+    if score in ("AS", "AS of controls"):  # not a difference of two
         low, high = axes[0, 0].get_ylim()  # the panels share it; bars of two items may reach beyond what AS can be
         axes[0, 0].set_ylim(max(low, -0.05), min(high, 1.05))
     looks = {kind: {"linestyle": "--"} if kind in flat else {"marker": markers[kind]} for kind in order}

@@ -176,7 +176,8 @@ def features(judge: Judge, images: np.ndarray | Tensor, batch_size: int = 64) ->
 
 
 def _embed(judge: Judge, images: Tensor) -> Tensor:
-    prepared = judge.processor(images=images.to(judge.network.device), return_tensors="pt")["pixel_values"]
+    # resized on the CPU wherever the network is: torchvision rounds otherwise on a GPU
+    prepared = judge.processor(images=images, return_tensors="pt")["pixel_values"].to(judge.network.device)
     if isinstance(judge.network, CLIPModel):
         return F.normalize(judge.network.get_image_features(pixel_values=prepared).pooler_output)
     return F.normalize(judge.network(pixel_values=prepared).last_hidden_state[:, 0])

@@ -436,10 +436,18 @@ def _full_disk_named() -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if getattr(error, "errno", None) == errno.ENOSPC or shutil.disk_usage(RUNS).free >= FULL:
+        if getattr(error, "errno", None) == errno.ENOSPC or _has_room():
             raise
         reason = f"{os.strerror(errno.ENOSPC)} (met as {type(error).__name__}: {error})"
         raise OSError(errno.ENOSPC, reason, str(RUNS)) from error
+
+
+def _has_room() -> bool:
+    """Whether the disk of RUNS is not full; nor is one that has gone altogether."""
+    try:
+        return shutil.disk_usage(RUNS).free >= FULL
+    except OSError:
+        return True
 
 
 def log_of(place: Path) -> Path:

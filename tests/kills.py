@@ -182,11 +182,9 @@ def disturb(case: str, kills: int, folder: Path, base: str, pictures: str, rng: 
     while outcome.kills < kills:
         process = runner.begin(area)
         if ended(process, rng.uniform(0, took)):
-            for place in rng.sample(
-                sorted(seen := finished(area)), 1
-            ):  # it has come to its end: take away what it made
-                shutil.rmtree(area / place)
-                del seen[place]
+            shutil.rmtree(area)  # it has come to its end: from the beginning again
+            area.mkdir()
+            seen = {}
             continue
         kill(process, all_of_it=rng.random() < 0.5)
         outcome.kills += 1

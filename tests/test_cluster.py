@@ -7,6 +7,7 @@ import threading
 import time
 from pathlib import Path
 
+import kills
 import pandas as pd
 import psutil
 import pytest
@@ -33,16 +34,6 @@ def specs(base: Path, pictures: Path) -> list[Score]:
     return [Score(Extract(images, 4), judge="") for images in generated]
 
 
-def kept(runs: Path) -> dict[str, bytes]:
-    """Every file of every finished step but the manifests, which tell the time."""
-    files = [
-        file
-        for file in runs.glob("*/*/*")
-        if file.is_file() and file.parent.parent.name not in ("locks", "hashes", "logs")
-    ]
-    return {file.relative_to(runs).as_posix(): file.read_bytes() for file in files if file.name != results.MANIFEST}
-
-
 def begin_alone(runs: Path, base: Path, pictures: Path) -> None:
     """What another process does on its own, before there is a cluster."""
     results.RUNS = runs
@@ -50,7 +41,7 @@ def begin_alone(runs: Path, base: Path, pictures: Path) -> None:
     results.run(specs(base, pictures))
 
 
-def kill_in_the_middle(runs: Path, base: Path, pictures: Path) -> list[str]:
+def kill_in_the_middle(runs: Path, base: Path, pictures: Path) -> dict[str, int]:
     """Let a process begin alone and kill it when it has sampled some images; the steps that it had finished."""
     process = multiprocessing.get_context("spawn").Process(target=begin_alone, args=(runs, base, pictures))
     process.start()
@@ -59,7 +50,7 @@ def kill_in_the_middle(runs: Path, base: Path, pictures: Path) -> list[str]:
         time.sleep(0.01)
     process.kill()
     process.join()
-    return sorted(f"{path.parent.name}/{path.name}" for path in runs.glob("*/*") if (path / results.MANIFEST).is_file())
+    return kills.finished(runs)
 
 
 @pytest.mark.long
@@ -73,7 +64,6 @@ def test_a_run_moved_to_a_cluster_that_loses_a_worker_ends_the_same(tiny_sd, pic
     monkeypatch.setenv("FX_RUNS", str(shared))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     before = kill_in_the_middle(shared, tiny_sd, picture_folder)
-    modified = {place: (shared / place / results.MANIFEST).stat().st_mtime_ns for place in before}
     images = len(list(shared.glob("scratch/*/*.png")))
     killed = []
 
@@ -99,9 +89,10 @@ def test_a_run_moved_to_a_cluster_that_loses_a_worker_ends_the_same(tiny_sd, pic
     assert not [pid for pid in workers if psutil.pid_exists(pid)]  # the processes end with it
     assert killed
     assert before
-    assert {place: (shared / place / results.MANIFEST).stat().st_mtime_ns for place in before} == modified
+    assert before.items() <= kills.finished(shared).items(), "finished and then done again"
     pd.testing.assert_frame_equal(there, here)
-    assert kept(shared) == kept(alone)
+    assert len(kills.kept(alone)) > 3 * N
+    assert kills.differences(alone, shared) == []
     assert not list(shared.glob("*/*.set-aside-*"))
     assert not [path for path in shared.glob("scratch/*") if any(path.iterdir())]
 

@@ -1,4 +1,4 @@
-"""The short form of tests/kills.py: a few kills, a full disk. What the long form found stands in docs/determinism.md."""
+"""The short form of tests/kills.py: a few kills, a full disk. What the long form found stands in docs/researchers.md."""
 
 import random
 

@@ -643,6 +643,9 @@ def test_bars_of_few_items_do_not_stretch_the_axis_of_as_beyond_what_as_can_be()
     )
     figure = plots.score_curves(rows, "n")
     assert figure.axes[0].get_ylim() == (-0.05, 1.05)
+    above = rows.rename(columns={"AS": "AS above controls"})
+    figure = plots.score_curves(above, "n", "AS above controls")
+    assert figure.axes[0].get_ylim()[0] < -1, "a difference, all of them above 0"
     lower = plots.score_curves(
         rows.assign(AS=rows.AS - 0.5).rename(columns={"AS": "AS above controls"}), "n", "AS above controls"
     )

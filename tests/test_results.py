@@ -728,6 +728,15 @@ def test_a_full_disk_is_called_so_whatever_the_library_says(monkeypatch):
     assert "No space left on device" in results.log_of(results.folder(Odd())).read_text()
 
 
+def test_a_disk_that_is_gone_is_not_called_full(monkeypatch):
+    def gone(path):
+        raise FileNotFoundError(path)
+
+    monkeypatch.setattr(shutil, "disk_usage", gone)
+    with pytest.raises(RuntimeError, match="unexpected pos"):
+        results.complete(Odd())
+
+
 def test_environment_summary_is_one_line_of_versions():
     summary = results.environment_summary()
     assert "\n" not in summary

@@ -1,4 +1,4 @@
-"""One resumable training loop for all four mini models."""
+"""One resumable training loop for all mini models."""
 
 import copy
 import json
