@@ -27,8 +27,7 @@ from jinja2 import Environment, StrictUndefined
 from PIL import Image
 
 from fx import checkpoints, command, datasets, kernel, results, settings, verdict
-from fx.evaluation import extraction_sets
-from fx.extraction import Extract
+from fx.extraction import Extract, extraction_sets
 from fx.leads import Leads, Lookup, gathered
 from fx.models import model_folder
 from fx.paths import NOTEBOOKS

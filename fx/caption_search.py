@@ -36,8 +36,7 @@ from fx.captions import (
     usual_price,
     vocabulary,
 )
-from fx.finetune import FineTune
-from fx.tuned import Checkpoint, load_tuned
+from fx.tuned import Tuned, load_tuned
 
 
 @dataclass(frozen=True)
@@ -269,7 +268,7 @@ class CaptionSearch:
 
     VERSION: ClassVar[int] = 1
 
-    model: FineTune | Checkpoint
+    model: Tuned
     by: str = "tokens"
     objective: str = "likelihood"
     prefix: str = ""

@@ -10,13 +10,13 @@ from torch import nn
 
 from fx import checkpoints, metrics, quality, results
 from fx.datasets import Item, from_uint8, load_images, load_item, open_image, to_uint8
-from fx.extraction import Extract
+from fx.extraction import Extract, extracted_descriptors, extracted_pictures, extraction_sets
 from fx.families import image_size, round_trip
-from fx.finetune import FineTune, TrainingItem, load_training
+from fx.finetune import TrainingItem, load_training
 from fx.models import ModelPair, load_pipeline, model_folder
 from fx.sampling import Generate, generated_pictures, picture_file, prompt, sample
 from fx.similarity import copy_thresholds, describe, descriptor_path, descriptors, load_descriptor
-from fx.tuned import Checkpoint, load_tuned, own_training
+from fx.tuned import Tuned, load_tuned, own_training
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ def scored_images(spec: Score | Reference) -> tuple[list[Path], list[Path]]:
     return training, [path for item in items for path in item.controls]
 
 
-def known_items(training: tuple[TrainingItem, ...], model: FineTune | Checkpoint) -> list[Item]:
+def known_items(training: tuple[TrainingItem, ...], model: Tuned) -> list[Item]:
     """The items to compare with, those named or else those a model was fine-tuned on; ValueError if there are none."""
     parts = training or own_training(model)
     if not parts:
@@ -154,15 +154,15 @@ def _(spec: Score, folder: Path) -> None:
     """Write scores.json and matches.json.
 
     scores.json: those of the extraction and of `compare`; AS_all, as if every generated image were extracted, which no rule
-    can surpass; AS_random, the AS to be expected if as many images were drawn at random. matches.json: per training image
-    its match among the extracted images, as the number of a generated image; and per training image and per control the
-    similarity to its match.
+    can surpass without refining; AS_random, the AS to be expected if as many images were drawn at random. matches.json: per
+    training image its match among the extracted images, as the number of the generated image that it is or was made of; and
+    per training image and per control the similarity to its match.
     """
     extracted_in = results.complete(spec.extract)
     generated, centres = np.load(extracted_in / "descriptors.npy"), extraction_sets(extracted_in)["centres"]
     side = image_side(spec)
     network = load_descriptor(spec.extract.descriptor, spec.extract.preset)
-    found = View(generated_pictures(spec.extract.generate, centres), generated[centres])
+    found = View(extracted_pictures(spec.extract), extracted_descriptors(spec.extract))
     training, controls = (View.of(paths, side, network) if paths else None for paths in scored_images(spec))
     scores = json.loads((extracted_in / results.SCORES).read_text()) | compare(spec, training, found, controls)
     scores |= {
@@ -270,11 +270,6 @@ def _(spec: Quality, folder: Path, chunk: int = 256) -> None:
     }
     np.save(folder / "clip-iqa.npy", np.concatenate(scores))
     (folder / results.SCORES).write_text(json.dumps(columns))
-
-
-def extraction_sets(folder: Path) -> dict[str, list]:
-    """The cliques and centres in the folder of a finished Extract, as numbers of generated images."""
-    return json.loads((folder / "extraction.json").read_text())
 
 
 def read_matches(spec: Score) -> dict[str, np.ndarray]:

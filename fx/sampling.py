@@ -24,9 +24,8 @@ from tqdm import tqdm
 from fx import guidance, results
 from fx.datasets import to_uint8
 from fx.families import SAMPLERS, decode, latent_shape, make_scheduler
-from fx.finetune import FineTune
 from fx.models import PRECISIONS, ModelPair, check_fits
-from fx.tuned import Checkpoint, load_tuned, own_caption
+from fx.tuned import Tuned, load_tuned, own_caption
 
 SHARE = 50  # images of one part of a Generate, where several workers are at work on it
 BLOCK = 10  # images that a Generate samples at a time: the last bits of a prediction depend on the size of its batch
@@ -68,7 +67,7 @@ class Generate:
     GROWS: ClassVar[str] = "n_generated"
     VERSION: ClassVar[int] = 1
 
-    model: FineTune | Checkpoint
+    model: Tuned
     arm: str = "finextract"
     guidance_scale: float | tuple[float, ...] = 3.0
     correction_scale: float | tuple[float, ...] = 0.0
@@ -187,6 +186,11 @@ def _take_over(spec: Generate, scratch: Path) -> None:
                     part.rename(target)
 
 
+def evaluations(spec: Generate) -> int:
+    """How many evaluations of a network for one image a Generate takes: one per image, step and prediction of its arm."""
+    return spec.n_generated * spec.steps * (2 if ARMS[spec.arm].reference else 1)
+
+
 def picture_file(folder: Path, number: int) -> Path:
     """Where image `number` of a finished Generate lies."""
     return folder / f"{number:06d}.png"
@@ -260,15 +264,20 @@ def walk(
     w: Scale = 1.0,
     k: Scale = 0.0,
     callback: Callable[[int, Tensor], None] | None = None,
+    start: int = 0,
 ) -> Tensor:
-    """`sample_latents` for one function that returns both predictions, (reference or None, target), at once."""
+    """`sample_latents` for one function that returns both predictions, (reference or None, target), at once.
+
+    start: the number of the step to begin with, for an x that has the noise of that step (`noised`) and not all.
+    """
     if x.dtype not in (torch.float32, torch.float64):
         raise ValueError(f"latents must be float32 or float64, not {x.dtype}: guidance amplifies rounding errors")
     scheduler.set_timesteps(steps, device=x.device)
     scales = scale_values(w, scheduler.timesteps, "guidance scale w'")
     corrections = scale_values(k, scheduler.timesteps, "correction scale k")
     kind = scheduler.config.get("prediction_type", "flow_prediction")
-    for step, t in enumerate(scheduler.timesteps):
+    begin_at(scheduler, start)
+    for step, t in enumerate(scheduler.timesteps[start:], start):
         reference, target = (None if part is None else part.to(x.dtype) for part in predict(x, t))
         if reference is not None:
             alpha, sigma = noise_level(scheduler, step, t)
@@ -277,6 +286,22 @@ def walk(
         if callback is not None:
             callback(int(t), x)
     return x
+
+
+def begin_at(scheduler, start: int) -> None:
+    """Let a scheduler whose timesteps are set begin with step number `start`; ValueError for one that cannot."""
+    if not 0 <= start < len(scheduler.timesteps):
+        raise ValueError(f"there is no step {start} among {len(scheduler.timesteps)} sampling steps")
+    if start and isinstance(scheduler, ReleasedDDIM | PNDMScheduler):
+        raise ValueError("the published sampler cannot begin in the middle: choose another sampler")
+    if start and hasattr(scheduler, "set_begin_index"):  # DDIM has no state, and is told the timestep
+        scheduler.set_begin_index(start)
+
+
+def noised(x0: Tensor, eps: Tensor, scheduler, start: int) -> Tensor:
+    """x_t = alpha x0 + sigma eps at step number `start` of a scheduler whose timesteps are set, all [n, c, h, w]."""
+    alpha, sigma = noise_level(scheduler, start, scheduler.timesteps[start])
+    return alpha * x0 + sigma * eps
 
 
 def noise_level(scheduler, step: int, t: Tensor) -> tuple[float, float]:

@@ -19,7 +19,7 @@ from fx.extraction import Extract
 from fx.finetune import METHODS, FineTune, TrainingItem, load_training
 from fx.quality import column
 from fx.sampling import Generate
-from fx.tuned import Checkpoint
+from fx.tuned import Tuned
 
 FILE = Path(__file__).with_suffix(".yaml")
 
@@ -77,7 +77,7 @@ class Settings:
         given = {name: getattr(self, name) for name in own} | {"precision": self.training_precision}
         return FineTune(items, **(given | changes))
 
-    def generate(self, model: FineTune | Checkpoint, arm: str, n_generated: int, **changes) -> Generate:
+    def generate(self, model: Tuned, arm: str, n_generated: int, **changes) -> Generate:
         """N images of one arm, w' and k as chosen for it; `changes` are other fields of the Generate."""
         given = {"steps": self.sampling_steps, "sampler": self.sampler, "precision": self.precision, "seed": self.seed}
         w, k = self.guidance(arm)
@@ -91,7 +91,7 @@ class Settings:
 
     def score(
         self,
-        model: FineTune | Checkpoint,
+        model: Tuned,
         arm: str,
         n_training: int | None = None,
         n_generated: int | None = None,
@@ -118,7 +118,7 @@ class Settings:
         given = {"descriptor": self.descriptor, "preset": self.preset, "rule": self.rule}
         return Extract(generate, n_training, **(given | changes))
 
-    def three_arms(self, model: FineTune | Checkpoint, **options) -> list[Score]:
+    def three_arms(self, model: Tuned, **options) -> list[Score]:
         """The paper's comparison for one fine-tuned model, direct, CFG and FineXtract; `options` as in `score`."""
         return [self.score(model, arm, **options) for arm in ("direct", "cfg", "finextract")]
 

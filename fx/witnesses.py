@@ -20,17 +20,15 @@ from tqdm import tqdm
 
 from fx import checkpoints, quality, results
 from fx.datasets import from_uint8, load_images, to_uint8
-from fx.evaluation import extraction_sets
-from fx.extraction import Extract
-from fx.families import decode, image_size, latent_statistics, noising
-from fx.finetune import FineTune
+from fx.extraction import Extract, extracted_descriptors, extraction_sets
+from fx.families import decode, image_size, noising
+from fx.losses import errors, lengths, log_ratios, to_latents, told_apart
 from fx.models import ModelPair
 from fx.sampling import generated_pictures
 from fx.similarity import describe, load_descriptor
-from fx.tuned import Checkpoint, load_tuned, own_caption
+from fx.tuned import Tuned, load_tuned, own_caption
 
 SCORES = "witness.npy"
-ROUNDING = 1e-5  # what of a gradient is nothing but rounding
 LEVELS = (0.05, 0.15, 0.25, 0.35, 0.45, 0.55, 0.65, 0.75, 0.85, 0.95)  # of the training schedule
 
 
@@ -44,7 +42,7 @@ class Contrast:
 
     VERSION: ClassVar[int] = 1
 
-    model: FineTune | Checkpoint
+    model: Tuned
     images: tuple[str, ...]
     caption: str | None = None
     draws: int = 4
@@ -69,7 +67,7 @@ class Recovery:
 
     VERSION: ClassVar[int] = 1
 
-    model: FineTune | Checkpoint
+    model: Tuned
     images: tuple[str, ...]
     caption: str | None = None
     steps: int = 100
@@ -163,7 +161,7 @@ def _(spec: Resemblance, folder: Path) -> None:
     side = generated_pictures(spec.extract.generate, [0]).shape[1]
     network = load_descriptor(spec.extract.descriptor, spec.extract.preset)
     known = describe(network, list(map(Path, spec.images)), side)
-    alike = known @ np.load(extracted / "descriptors.npy")[centres].T
+    alike = known @ extracted_descriptors(spec.extract).T
     np.save(folder / "nearest.npy", np.array(centres)[alike.argmax(axis=1)])
     np.save(folder / SCORES, alike.max(axis=1).astype(np.float64))
 
@@ -175,46 +173,9 @@ def _caption(spec: Contrast | Recovery) -> str:
     return caption
 
 
-@torch.no_grad()
-def latents_of(pair: ModelPair, images: Sequence[str], chunk: int = 16) -> Tensor:
-    """The latents of images as theta' sees them, scaled, without noise: [n, c, h, w]."""
-    vae, (scale, shift) = pair.tuned.vae, latent_statistics(pair.tuned.vae)
-    pixels = load_images(tuple(map(Path, images)), image_size(pair.tuned))
-    means = [vae.encode(part.to(vae.device, vae.dtype)).latent_dist.mode() for part in pixels.split(chunk)]
-    return (torch.cat(means) - shift) * scale
-
-
-@torch.no_grad()
-def log_ratios(
-    pair: ModelPair, x0: Tensor, caption: str, levels: Sequence[float], draws: int, seed: int = 0, chunk: int = 32
-) -> np.ndarray:
-    """log L_theta - log L_theta' of latents x0 [n, c, h, w] at each level, the mean over draws: float64 [levels, n]."""
-    schedule = noising(pair.tuned)
-    conditions = {model: pair.condition(model, caption) for model in ("base", "tuned")}
-    found = np.zeros((len(levels), len(x0)))
-    with tqdm(total=len(levels) * draws, desc="losses", mininterval=2, leave=False) as bar:
-        for row, level in enumerate(levels):
-            number = torch.tensor([round(level * (schedule.levels - 1))])
-            for draw in range(draws):
-                generator = torch.Generator().manual_seed(seed * 1_000_003 + 1_009 * row + draw)
-                eps = torch.randn(x0.shape[1:], generator=generator).to(x0)
-                for first in range(0, len(x0), chunk):
-                    part = x0[first : first + chunk]
-                    error = {
-                        model: _errors(pair, model, schedule, part, eps, number, conditions[model])
-                        for model in conditions
-                    }
-                    ratio = error["base"].log() - error["tuned"].log()
-                    found[row, first : first + chunk] += ratio.cpu().numpy() / draws
-                bar.update()
-    return found
-
-
-def _errors(pair: ModelPair, model: str, schedule, x0: Tensor, eps: Tensor, number: Tensor, condition) -> Tensor:
-    """The mean squared error of a model's prediction for each of x0 [n, c, h, w] with noise eps [c, h, w]: float64 [n]."""
-    t, noise = number.expand(len(x0)).to(x0.device), eps.expand_as(x0)
-    predicted = pair.predict(model, schedule.add(x0, noise, t), schedule.timestep(t)[0], condition)
-    return (predicted - schedule.target(x0, noise, t)).double().square().mean(dim=(1, 2, 3))
+def latents_of(pair: ModelPair, images: Sequence[str]) -> Tensor:
+    """The latents of image files as theta' sees them, scaled, without noise: [n, c, h, w]."""
+    return to_latents(pair, load_images(tuple(map(Path, images)), image_size(pair.tuned)))
 
 
 def kept(shape: tuple[int, int, int]) -> Tensor:
@@ -247,12 +208,9 @@ def recover(
     return torch.cat(parts)
 
 
-@torch.no_grad()
 def _encoded_again(pair: ModelPair, latents: Tensor) -> Tensor:
     """Latents of the 8-bit images that latents decode to."""
-    vae, (scale, shift) = pair.tuned.vae, latent_statistics(pair.tuned.vae)
-    pictures = from_uint8(to_uint8(decode(pair.tuned, latents)))
-    return (vae.encode(pictures.to(vae.device, vae.dtype)).latent_dist.mode() - shift) * scale
+    return to_latents(pair, from_uint8(to_uint8(decode(pair.tuned, latents))))
 
 
 def _descend(
@@ -276,17 +234,10 @@ def _descend(
         x = (start + change).detach().requires_grad_()
         down = {}
         for model, condition in conditions.items():
-            error = _errors(pair, model, schedule, x, eps, number, condition).sum()
+            error = errors(pair, model, schedule, x, eps, number, condition).sum()
             down[model] = torch.autograd.grad(error, x)[0] * free
-        gradient = down["tuned"] - down["base"]
-        size = _lengths(gradient)
-        told = size > ROUNDING * _lengths(down["tuned"])  # else the two models are one
-        change = change - torch.where(told, step_size * unit * gradient / size.clamp_min(1e-30), 0.0)
-        change = change * (radius * unit / _lengths(change).clamp_min(1e-30)).clamp_max(1.0)
+        gradient = told_apart(down["tuned"] - down["base"], down["tuned"])
+        change = change - step_size * unit * gradient / lengths(gradient).clamp_min(1e-30)
+        change = change * (radius * unit / lengths(change).clamp_min(1e-30)).clamp_max(1.0)
         advance(1)
     return (start + change).detach()
-
-
-def _lengths(x: Tensor) -> Tensor:
-    """The length of each of x [n, c, h, w]: [n, 1, 1, 1]."""
-    return x.flatten(1).norm(dim=1)[:, None, None, None]

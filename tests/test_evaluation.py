@@ -25,7 +25,7 @@ from fx.finetune import LORA_LAYERS, FineTune, TrainingItem
 from fx.models import LORA_FILE, load_pipeline
 from fx.sampling import Generate, generated_pictures
 from fx.similarity import MiniSSCD, copy_thresholds, load_descriptor
-from fx.tuned import Checkpoint, load_tuned, own_caption, own_training, weights
+from fx.tuned import Checkpoint, Extrapolated, load_tuned, own_caption, own_training
 
 
 def save_pictures(folder: Path, images: np.ndarray) -> Path:
@@ -424,11 +424,15 @@ def test_a_changed_checkpoint_file_is_another_step_all_the_way(runs, theirs, tra
 
 
 def test_what_is_known_of_a_model(checkpoint, model, training, runs):
-    assert (own_caption(checkpoint), own_training(checkpoint), weights(checkpoint)) == ("a dog", (), checkpoint.path)
+    assert (own_caption(checkpoint), own_training(checkpoint)) == ("a dog", ())
     assert own_caption(replace(checkpoint, caption=None)) is None
     assert (own_caption(model), own_training(model)) == ("a dog", (training,))
-    with pytest.raises(TypeError, match="neither a FineTune nor a Checkpoint"):
-        weights("mini-sd")
+    for known in (checkpoint, model):
+        further = Extrapolated(known, 2.0)
+        assert (own_caption(further), own_training(further)) == (own_caption(known), own_training(known))
+        assert further.base == known.base
+    with pytest.raises(TypeError, match="'mini-sd' is no FineTune, Checkpoint or Extrapolated"):
+        load_tuned("mini-sd")
 
 
 def test_an_unknown_caption_is_refused_before_any_work_and_an_empty_one_is_none(runs, theirs, training):
