@@ -19,6 +19,7 @@ from scipy.stats import norm
 from fx.metrics import check_level
 
 MILLION = 1_000_000
+LARGEST = MILLION + MILLION // 1000  # of a similarity, with rounding
 STEP = 10_000  # the sweep over phi rises by 0.01
 BUDGET = 100_000_000  # search steps per clique (some seconds) after which the largest clique found so far is taken
 TIE_BUDGET = 2_000_000  # search steps per clique after which equally large cliques are no longer compared
@@ -228,12 +229,28 @@ def _warn(n_unproven: int, budget: int) -> None:
 
 def _quantile(weights: np.ndarray, share: float) -> float:
     """The quantile of all pairs of images, interpolated linearly."""
-    pairs = np.concatenate([row[i + 1 :] for i, row in enumerate(weights)])
-    position = share * (len(pairs) - 1)
+    n = len(weights)
+    position = share * (n * (n - 1) // 2 - 1)
     low = int(position)
-    high = min(low + 1, len(pairs) - 1)
-    pairs.partition((low, high))
-    return float(pairs[low] + (position - low) * (pairs[high] - pairs[low]))
+    first = _kth(weights, low)
+    second = first if position == low else _kth(weights, low + 1)
+    return float(first + (position - low) * (second - first))
+
+
+def _kth(weights: np.ndarray, k: int, width: int = 1000) -> int:
+    """The pair number k, from 0, of all pairs in rising order; counted in two rounds, so that no copy of them is held."""
+    start, bins, size = -LARGEST, 2 * LARGEST // width + 1, width
+    while True:
+        counts = np.zeros(bins, np.int64)
+        for i, row in enumerate(weights):
+            places = (row[i + 1 :] - start) // size
+            counts += np.bincount(places[(places >= 0) & (places < bins)], minlength=bins)
+        upto = counts.cumsum()
+        found = int(np.searchsorted(upto, k, side="right"))
+        start += found * size
+        if size == 1:
+            return start
+        k, bins, size = k - int(upto[found] - counts[found]), width, 1
 
 
 def _start(weights: np.ndarray, rule: str) -> int:

@@ -4,14 +4,16 @@
     rows = measured(spec)             # a row per arm and repeat
     table = over(rows, "cfg")         # each arm's over classifier-free guidance, with intervals
 
-Every measurement is a process of its own, and the arms take turns, so that a busy machine slows all of them alike; only
-their ratios mean anything. What was learned does not matter to the cost, so the fine-tuned models are the base's own
-network with small random changes.
+Every measurement is a process of its own (forked from one that has only imported), and the arms take turns, so that a
+busy machine slows all of them alike; only their ratios mean anything. What was learned does not matter to the cost, so
+the fine-tuned models are the base's own network with small random changes.
 """
 
+import contextlib
 import copy
+import io
 import json
-import subprocess
+import multiprocessing
 import sys
 import tempfile
 import time
@@ -30,7 +32,7 @@ from peft import LoraConfig, get_peft_model_state_dict
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-from fx import command, results
+from fx import results
 from fx.families import SAMPLERS, network, network_name
 from fx.finetune import LORA_LAYERS
 from fx.low_rank import strongest
@@ -41,18 +43,19 @@ from fx.sampling import ARMS, sample
 MEASUREMENTS = "measurements.json"
 METHODS = ("dreambooth", "lora", "low rank")
 SCALE = 3.0  # w' of the guided arms, which costs the same at any
+START = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
 
 
 @dataclass(frozen=True)
 class Cost:
     """What to measure: some arms on one base model with one kind of fine-tuned model, taking turns.
 
-    method: "dreambooth", "lora", or "low rank", a whole network as its base and a difference of low rank (fx.low_rank);
-    images: sampled in each measurement, `batch_size` at a time; rank: of the LoRA or the difference; repeats: measurements
-    of each arm, after a round that does not count.
+    method: "dreambooth", "lora", or "low rank", a whole network as its base and a difference of low rank (fx.low_rank),
+    where arms that need theta' alone have the whole network; images: sampled in each measurement, `batch_size` at a time;
+    rank: of the LoRA or the difference; repeats: measurements of each arm, after a round that does not count.
     """
 
-    VERSION: ClassVar[int] = 1
+    VERSION: ClassVar[int] = 2
 
     base: str = "mini-sd"
     method: str = "lora"
@@ -129,8 +132,8 @@ def make(folder: Path, spec: Cost) -> None:
         before = copy.deepcopy(model) if spec.method == "low rank" else None
         for weight in model.parameters():
             weight += 1e-4 * torch.randn_like(weight)
+        pipeline.save_pretrained(folder / ("tuned" if before is None else "whole"))
         if before is None:
-            pipeline.save_pretrained(folder / "tuned")
             return
         (folder / "tuned").mkdir()
         factors, _ = strongest(before, model, spec.rank)
@@ -145,14 +148,36 @@ def make(folder: Path, spec: Cost) -> None:
 
 
 def apart(spec: Cost, place: Path) -> dict:
-    """`measure` in a process of its own."""
-    words = [sys.executable, "-m", "fx.cost", json.dumps(asdict(spec)), str(place)]
-    done = subprocess.run(words, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise RuntimeError(
-            f"the measurement of {spec.arms[0]} failed: {(done.stderr.splitlines() or ['no message'])[-1]}"
-        )
-    return json.loads(done.stdout.splitlines()[-1])
+    """`measure` in a process of its own; where there is fork, of one that has imported everything and done nothing."""
+    context = multiprocessing.get_context(START)
+    if START == "forkserver":
+        context.set_forkserver_preload([__name__])
+    ours, theirs = context.Pipe(duplex=False)
+    process = context.Process(target=_tell, args=(theirs, asdict(spec), str(place)), daemon=True)
+    process.start()
+    theirs.close()
+    try:
+        found = ours.recv()
+    except EOFError:
+        process.join()
+        found = f"its process ended with exit code {process.exitcode}"
+    except BaseException:
+        process.kill()
+        raise
+    process.join()
+    if isinstance(found, str):
+        raise RuntimeError(f"the measurement of {spec.arms[0]} failed: {found}")
+    return found
+
+
+def _tell(sender, fields: dict, place: str) -> None:
+    """In that process: send the measurement, or what went wrong."""
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):  # its progress bars
+            found = measure(Cost(**fields | {"arms": tuple(fields["arms"])}), Path(place))
+    except Exception as error:
+        found = f"{type(error).__name__}: {error}"
+    sender.send(found)
 
 
 def measure(spec: Cost, place: Path) -> dict[str, float | str]:
@@ -178,8 +203,8 @@ def load_for(arm: str, spec: Cost, place: Path) -> ModelPair:
     """What an arm needs: theta', and theta where the arm asks it."""
     tuned, dtype = place / "tuned", PRECISIONS[spec.precision]
     asked = {end[0] for end in (ARMS[arm].reference, ARMS[arm].target) if end}
-    if asked == {"tuned"} and spec.method == "dreambooth":
-        alone = load_pipeline(str(tuned), dtype)
+    if asked == {"tuned"} and spec.method != "lora":
+        alone = load_pipeline(str(tuned if spec.method == "dreambooth" else place / "whole"), dtype)
         return ModelPair(alone, alone)
     return load_pair(spec.base, tuned, dtype)
 
@@ -216,15 +241,3 @@ def over(rows: pd.DataFrame, baseline: str, by: str = "arm") -> pd.DataFrame:
                 numbers = {"ratio": np.exp(logs.mean()), "low": np.exp(low), "high": np.exp(high)}
                 parts.append({by: value, "measure": measure_name, "repeats": len(wide)} | numbers)
     return pd.DataFrame(parts, columns=[by, "measure", "repeats", "ratio", "low", "high"])
-
-
-def main() -> None:
-    """What `apart` calls in a process of its own: a Cost as JSON and a folder in, a measurement as JSON out."""
-    if len(sys.argv) != 3:
-        raise ValueError("this is called by fx.benchmark and notebook 11; to measure costs, run python -m fx.benchmark")
-    asked = json.loads(sys.argv[1])
-    print(json.dumps(measure(Cost(**asked | {"arms": tuple(asked["arms"])}), Path(sys.argv[2]))))
-
-
-if __name__ == "__main__":
-    command.run("fx.cost", main)

@@ -10,6 +10,7 @@ import argparse
 import ast
 import os
 import re
+import reprlib
 from pathlib import Path
 
 import nbformat
@@ -64,7 +65,8 @@ def parameters(notebook: Path, profile: str, extra: dict[str, object]) -> dict[s
         if type(value) is not type(default) and (type(value), type(default)) != (int, float):
             hint = " (YAML reads 1e-3 as text: write 1.0e-3)" if isinstance(default, float) else ""
             raise ValueError(
-                f"{notebook.name}: {name} takes {type(default).__name__} values such as {default!r}, not {value!r}{hint}"
+                f"{notebook.name}: {name} takes {type(default).__name__} values such as {default!r}, "
+                f"not {reprlib.repr(value)}{hint}"
             )
     return given
 
@@ -79,8 +81,10 @@ def assignment(text: str) -> tuple[str, object]:
         raise argparse.ArgumentTypeError(f"{text!r} is not of the form name=value")
     try:
         read = yaml.safe_load(value)
-    except (yaml.YAMLError, ValueError):  # ValueError: a date such as 2026-13-01
-        raise argparse.ArgumentTypeError(f"the value of {text!r} is not YAML") from None
+    except (yaml.YAMLError, ValueError, RecursionError):  # ValueError: a date such as 2026-13-01
+        raise argparse.ArgumentTypeError(f"the value of {reprlib.repr(text)} is not YAML") from None
+    if not isinstance(read, str | int | float):
+        raise argparse.ArgumentTypeError(f"{reprlib.repr(text)} is no number, no text and neither true nor false")
     if type(read) in (int, float) and not DECIMAL.fullmatch(value.strip()):
         raise argparse.ArgumentTypeError(
             f"YAML reads {text!r} as {read}: write a plain decimal number, or text in quotes"

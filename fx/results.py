@@ -46,6 +46,7 @@ them any more: checkpoints of gigabytes, once their images exist. Asked for agai
 """
 
 import contextlib
+import contextvars
 import dataclasses
 import errno
 import functools
@@ -345,6 +346,7 @@ def complete(spec) -> Path:
                 _set_aside(final, fault)
                 _compute(spec, final, asked)
     shutil.rmtree(RUNS / "scratch" / final.name, ignore_errors=True)
+    _note([final])
     return final
 
 
@@ -422,7 +424,8 @@ def _compute(spec, final: Path, asked: dict) -> None:
     part.mkdir(parents=True)
     try:
         with _logged(final) as started, _full_disk_named():
-            perform(spec, part)
+            with _unnoted():
+                perform(spec, part)
             manifest = _manifest(spec, part, asked, time.perf_counter() - started)
             (part / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
             _publish(part, final, asked)
@@ -574,7 +577,7 @@ def run(specs: Iterable, client=None, description: str = "steps") -> pd.DataFram
         _require_writable_runs()
     done = len(specs) - sum(rows[place] for place in waiting)
     drop = _dropping(dict(zip(places, specs, strict=True)), waiting)
-    with tqdm(desc=description, total=len(specs), initial=done, unit="spec", mininterval=2) as bar:
+    with tqdm(desc=description, total=len(specs), initial=done, unit="spec", mininterval=2) as bar, _unnoted():
 
         def finished(place: Path) -> None:
             bar.update(rows[place])
@@ -583,15 +586,31 @@ def run(specs: Iterable, client=None, description: str = "steps") -> pd.DataFram
         failed = _work_through(waiting, client, finished)
     if failed:
         raise RuntimeError(_failures(waiting, failed)) from next(iter(failed.values()))
-    _asked_for.update(dict.fromkeys(f"{place.parent.name}/{place.name}" for place in places))
+    _note(places)
     return _table(specs, places)
 
 
 _asked_for: dict[str, None] = {}
+_noting = contextvars.ContextVar("noting", default=True)
+
+
+def _note(places: Iterable[Path]) -> None:
+    """Remember that this process has asked for these steps, unless a step is asking that is being done."""
+    if _noting.get():
+        _asked_for.update(dict.fromkeys(f"{place.parent.name}/{place.name}" for place in places))
+
+
+@contextlib.contextmanager
+def _unnoted() -> Iterator[None]:
+    before = _noting.set(False)
+    try:
+        yield
+    finally:
+        _noting.reset(before)
 
 
 def asked_for() -> list[str]:
-    """The steps, "kind/digest", whose results this process has got from `run`, each once, in order."""
+    """The steps, "kind/digest", whose results this process has got from `run` or `complete`, each once, in order."""
     return list(_asked_for)
 
 

@@ -249,6 +249,16 @@ def test_paper_sweep_stops_at_the_first_threshold_with_enough_cliques():
     assert result.threshold > start
 
 
+@pytest.mark.parametrize("n", [2, 3, 40, 1500])
+@pytest.mark.parametrize("share", [0.0, 0.25, 0.75, 1.0])
+def test_the_quantile_is_that_of_all_pairs(n, share):
+    """Also where the pairs are counted in several portions, and at both ends of what a cosine can be."""
+    weights = np.random.default_rng(n).integers(-1_001_000, 1_001_001, (n, n), dtype=np.int32)
+    weights[0, 1], weights[-2, -1] = 1_001_000, -1_001_000
+    pairs = weights[np.triu_indices(n, 1)]
+    assert cliques._quantile(weights, share) == pytest.approx(np.quantile(pairs.astype(float), share), abs=1e-6)
+
+
 def test_paper_starts_at_the_quantile_of_the_pairs_without_the_diagonal():
     similarity = symmetric(5, [0.119] * 3 + [0.5] * 7)
     assert extract(similarity, 1).threshold == pytest.approx(0.21)  # 0.119 + 0.25 * (0.5 - 0.119) = 0.214

@@ -1,8 +1,11 @@
 """What arms cost: what is measured, in which order, and over what; nothing is asserted about time."""
 
-import json
-import subprocess
+import multiprocessing
+import os
+import signal
 import sys
+import threading
+import time
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -91,11 +94,12 @@ def test_an_arm_loads_theta_only_where_it_asks_it(tmp_path, method, family):
     cost.make(tmp_path, spec)
     pairs = {arm: cost.load_for(arm, spec, tmp_path) for arm in spec.arms}
     for arm, pair in pairs.items():
-        assert pair.one_network == (method != "dreambooth" or arm != "finextract")
+        alone = method != "lora" and arm != "finextract"  # theta' as a whole
+        assert pair.one_network == (method != "dreambooth" or alone)
         x, t = torch.randn(1, *latent_shape(pair.tuned)), torch.tensor(0.5 if family == "sd3" else 400)
         with torch.no_grad():
             base, tuned = (pair.predict(m, x, t, pair.condition(m, "a dog")) for m in ("base", "tuned"))
-        assert torch.equal(base, tuned) == (method == "dreambooth" and arm != "finextract")
+        assert torch.equal(base, tuned) == alone
     stock = network(models.load_pipeline(spec.base)).state_dict()
     theta = network(pairs["finextract"].base).state_dict()
     for name, weight in stock.items():
@@ -103,20 +107,46 @@ def test_an_arm_loads_theta_only_where_it_asks_it(tmp_path, method, family):
         assert torch.equal(weight, theta[name if name in theta else f"{layer}.base_layer.{kind}"])
 
 
-def test_a_measurement_is_a_process_of_its_own_and_its_failure_a_message(spec, monkeypatch, tmp_path):
-    called = []
+def pid(spec, place):
+    """In the place of `measure`: who measures, and what it says on the way."""
+    print("0%", file=sys.stderr)
+    return {"seconds": float(os.getpid()), "rank": spec.rank, "arms": spec.arms}
 
-    def run(words, **_):
-        called.append(words)
-        code = 1 if len(called) > 1 else 0
-        return SimpleNamespace(returncode=code, stdout='noise\n{"seconds": 1}\n', stderr="a\nMemoryError: too much")
 
-    monkeypatch.setattr(cost.subprocess, "run", run)
-    assert cost.apart(replace(spec, arms=("cfg",)), tmp_path) == {"seconds": 1}
-    assert called[0][:3] == [sys.executable, "-m", "fx.cost"]
-    assert json.loads(called[0][3])["arms"] == ["cfg"]
+def failing(spec, place):
+    raise MemoryError("too much")
+
+
+def dying(spec, place):
+    os._exit(3)
+
+
+def test_a_measurement_is_a_process_of_its_own_and_its_failure_a_message(spec, monkeypatch, tmp_path, capfd):
+    monkeypatch.setattr(cost, "START", "fork")  # so that the process has what is patched here
+    monkeypatch.setattr(cost, "measure", pid)
+    first, second = (cost.apart(replace(spec, arms=("cfg",)), tmp_path) for _ in range(2))
+    assert len({os.getpid(), first["seconds"], second["seconds"]}) == 3
+    assert (first["rank"], first["arms"]) == (spec.rank, ("cfg",))
+    assert capfd.readouterr().err == ""
+    monkeypatch.setattr(cost, "measure", failing)
     with pytest.raises(RuntimeError, match="the measurement of direct failed: MemoryError: too much"):
         cost.apart(spec, tmp_path)
+    monkeypatch.setattr(cost, "measure", dying)
+    with pytest.raises(RuntimeError, match="the measurement of direct failed: its process ended with exit code 3"):
+        cost.apart(spec, tmp_path)
+
+
+def test_an_interruption_ends_the_process_that_measures(spec, monkeypatch, tmp_path):
+    monkeypatch.setattr(cost, "START", "fork")
+    monkeypatch.setattr(cost, "measure", lambda *_: time.sleep(60))
+    main = threading.main_thread().ident
+    interrupt = threading.Timer(1.0, lambda: signal.pthread_kill(main, signal.SIGINT))
+    interrupt.start()
+    with pytest.raises(KeyboardInterrupt):
+        cost.apart(spec, tmp_path)
+    for process in multiprocessing.active_children():
+        process.join(10)
+    assert not multiprocessing.active_children()
 
 
 def test_seconds_are_those_of_sampling_over_the_images_and_memory_what_came_on_top(spec, monkeypatch, tmp_path):
@@ -150,17 +180,21 @@ def test_on_a_gpu_memory_is_torchs_own_count(spec, monkeypatch, tmp_path):
     assert (found["memory"], found["device"]) == (2500.0, "a GPU")
 
 
-def test_the_peak_is_of_this_process_and_not_of_its_parent():
-    """What the parent holds while it starts the child is not the child's."""
-    weight = b"1" * 400_000_000
-    code = "from fx import cost; print(cost.peak())"
-    mine = float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
-    more = float(
-        subprocess.run(
-            [sys.executable, "-c", f"x = b'1' * {len(weight)}; {code}"], capture_output=True, text=True, check=True
-        ).stdout
-    )
-    assert 300 < more - mine < 500
+def held(spec, place):
+    """In the place of `measure`: what came on top of this process by 400 MB that it takes."""
+    before = cost.peak()
+    weight = b"1" * (400_000_000 if spec.rank == 2 else 1)
+    return {"more": cost.peak() - before, "at all": cost.peak(), "length": len(weight)}
+
+
+def test_the_peak_is_of_the_process_that_measures_and_not_of_its_parent(spec, monkeypatch, tmp_path):
+    monkeypatch.setattr(cost, "START", "fork")
+    monkeypatch.setattr(cost, "measure", held)
+    weight = b"1" * 900_000_000
+    del weight  # this process has had more than it holds now
+    found = [cost.apart(replace(spec, rank=rank), tmp_path)["more"] for rank in (2, 1)]
+    assert 380 < found[0] < 450
+    assert found[1] < 50
 
 
 @pytest.mark.parametrize(

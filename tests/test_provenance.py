@@ -80,6 +80,19 @@ def test_why_names_the_steps_of_a_table_and_what_they_were_built_on_and_no_other
     assert list(runs.why(saved.table / "table02.csv")[0]) == steps(Leaf(7))
 
 
+def test_a_step_that_a_notebook_completes_without_a_table_is_noted_too_and_what_that_needs_is_not(saved):
+    provenance._began.clear()
+    results._asked_for.clear()
+    results.complete(total(2))
+    assert results.asked_for() == steps(total(2))
+    results.run([total(3)])
+    results.complete(Leaf(0))
+    assert results.asked_for() == steps(total(2), total(3), Leaf(0))
+    with pytest.raises(TypeError):
+        results.complete(None)
+    assert results.asked_for() == steps(total(2), total(3), Leaf(0))
+
+
 def test_a_notebook_that_is_run_again_is_noted_anew(saved):
     before = (saved.table / provenance.NAME).read_bytes()
     saved.notebook("table01", "fig01", specs=[total(2), total(3)])

@@ -152,7 +152,7 @@ def test_an_unknown_parameter_is_named_with_the_known_ones(notebooks):
     ("text", "value"),
     [
         *(("n=3", 3), ("n=-2", -2), ("n=1.0e-5", 1.0e-5), ("n=0.5", 0.5), ("n=true", True), ("n=False", False)),
-        *(("n=lora", "lora"), ("n='3'", "3"), ("n=a=b", "a=b"), ("n=style/zazou", "style/zazou"), ("n=[1, 2]", [1, 2])),
+        *(("n=lora", "lora"), ("n='3'", "3"), ("n=a=b", "a=b"), ("n=style/zazou", "style/zazou")),
     ],
 )
 def test_assignment_reads_the_value_as_yaml(text, value):
@@ -174,7 +174,7 @@ def test_assignment_refuses_a_date_that_there_is_not():
         reproduce.assignment("n=2026-13-01")
 
 
-@pytest.mark.parametrize("text", ["artists", "=3", "two words=3", "1st=3", "n=[1", "n={a"])
+@pytest.mark.parametrize("text", ["artists", "=3", "two words=3", "1st=3", "n=[1", "n={a", "n=[1, 2]", "n=null"])
 def test_assignment_refuses_anything_else_and_repeats_it(text):
     with pytest.raises(ArgumentTypeError) as error:
         reproduce.assignment(text)

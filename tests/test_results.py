@@ -1229,8 +1229,8 @@ def note_imports(file: Path) -> None:
     file.write_text(json.dumps(sorted(sys.modules)))
 
 
-def test_the_runner_imports_neither_dask_nor_the_diffusion_stack(processes, tmp_path):
-    process = processes.Process(target=note_imports, args=(tmp_path / "imports",))
+def test_the_runner_imports_neither_dask_nor_the_diffusion_stack(tmp_path):
+    process = multiprocessing.get_context("spawn").Process(target=note_imports, args=(tmp_path / "imports",))
     process.start()
     process.join(DEADLINE)
     imported = set(json.loads((tmp_path / "imports").read_text()))

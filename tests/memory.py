@@ -1,0 +1,116 @@
+"""How much memory generation, extraction and scoring take as the number of generated images N grows.
+
+    PYTHONPATH=. python tests/memory.py [N ...] [--figure FILE]
+
+A tiny model draws N images (500, 1,000, 2,000 and 5,000 unless others are named), and each step is done in a process of its
+own, forked from one that has only imported. Its peak is what it has had resident at most beyond what it began with. The
+similarities of all pairs, as float32 and as whole millionths, are 8 N^2 bytes; what is left of the peak without them should
+not grow. The tests run a short form of it (tests/test_memory.py).
+"""
+
+import argparse
+import contextlib
+import io
+import multiprocessing
+import sys
+import tempfile
+from pathlib import Path
+
+import pandas as pd
+import psutil
+import tiny
+import torch
+from PIL import Image
+
+from fx import plots, results
+from fx.cost import START, peak
+from fx.evaluation import Score
+from fx.extraction import Extract
+from fx.finetune import FineTune, TrainingItem
+from fx.sampling import Generate
+
+STAGES = ("generate", "extract", "score")
+MATRICES = 8  # bytes for each pair of images
+USUAL = (500, 1000, 2000, 5000)
+
+
+def specs(base: str, pictures: str, n: int) -> dict[str, object]:
+    """A step of each stage, of which the later ones build on the earlier."""
+    model = FineTune((TrainingItem(pictures, "a dog"),), base, steps_per_image=2, learning_rate=1e-3)
+    generate = Generate(model, "finextract", 3.0, n_generated=n, steps=2, sampler="dpm++")
+    extract = Extract(generate, 10, rule="tightest")
+    return dict(zip(STAGES, (generate, extract, Score(extract, judge="")), strict=True))
+
+
+def work(area: str, base: str, pictures: str, n: int, stage: str, sender) -> None:
+    """In a process of its own: do a step whose predecessors are finished; send the megabytes that came on top."""
+    results.RUNS = Path(area)
+    torch.set_num_threads(1)
+    before = psutil.Process().memory_info().rss / 1e6
+    with contextlib.redirect_stderr(io.StringIO()):
+        results.complete(specs(base, pictures, n)[stage])
+    sender.send(peak() - before)
+
+
+def measured(numbers: tuple[int, ...], place: Path) -> pd.DataFrame:
+    """A line for each stage and N: N, stage, MB at the peak, MB of the similarities, and MB without those."""
+    base, pictures = str(place / "base"), place / "pictures"
+    tiny.save("sd1", Path(base))
+    pictures.mkdir()
+    for number, picture in enumerate(tiny.pictures(3)):
+        Image.fromarray(picture).save(pictures / f"{number}.png")
+    context = multiprocessing.get_context(START)
+    if START == "forkserver":
+        context.set_forkserver_preload(["memory"])
+    lines = []
+    for n in numbers:
+        results.RUNS = place / f"runs{n}"
+        results.complete(specs(base, str(pictures), n)["generate"].model)
+        for stage in STAGES:
+            ours, theirs = context.Pipe(duplex=False)
+            process = context.Process(target=work, args=(str(results.RUNS), base, str(pictures), n, stage, theirs))
+            process.start()
+            theirs.close()
+            found = ours.recv()
+            process.join()
+            pairs = MATRICES * n**2 / 1e6 if stage == "extract" else 0.0
+            lines.append({"N": n, "stage": stage, "MB": found, "of similarities": pairs, "without": found - pairs})
+            print(f"N = {n}, {stage}: {found:.0f} MB, {found - pairs:.0f} without similarities", file=sys.stderr)
+    return pd.DataFrame(lines)
+
+
+def growth(table: pd.DataFrame) -> pd.Series:
+    """For each stage MB without similarities at the largest N over those at the smallest."""
+    wide = table.pivot(index="stage", columns="N", values="without").loc[list(STAGES)]
+    return (wide[wide.columns.max()] / wide[wide.columns.min()]).rename("largest over smallest")
+
+
+def drawn(table: pd.DataFrame, file: Path) -> None:
+    """Save a picture: MB over N, one line per stage, with the similarities apart."""
+    figure, axes = plots.plt.subplots(figsize=(4.5, 3))
+    for stage, marker in zip(STAGES, "os^", strict=True):
+        own = table[table.stage == stage]
+        axes.plot(own.N, own.without, marker=marker, label=stage)
+    extract = table[table.stage == "extract"]
+    axes.plot(extract.N, extract["of similarities"], "--", color="0.5", label="similarities of all pairs")
+    axes.set(xlabel="$N$", ylabel="MB", ylim=0)
+    axes.legend()
+    figure.savefig(file)
+    plots.plt.close(figure)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
+    parser.add_argument("numbers", nargs="*", type=int, default=USUAL, metavar="N")
+    parser.add_argument("--figure", type=Path, help="a picture of it")
+    given = parser.parse_args()
+    with tempfile.TemporaryDirectory() as place:
+        table = measured(tuple(given.numbers), Path(place))
+    print(table.round(0).to_string(index=False))
+    print(growth(table).round(2).to_string())
+    if given.figure:
+        drawn(table, given.figure)
+
+
+if __name__ == "__main__":
+    main()
