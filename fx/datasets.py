@@ -97,9 +97,10 @@ def names(dataset: str, split: str = "reported", limit: int | None = None) -> li
 def load_item(name: str, caption: str = "") -> Item:
     """The item of a set ("style/mimooh", "dreambooth/cat"), or of a folder of images, which needs a `caption`.
 
-    Every image is opened once, so that what cannot be used is refused here, before any training: FileNotFoundError
-    for a name that is neither, ValueError for an empty folder, an unreadable image, one that would be left out, or a
-    missing caption. Captions and other files beside the images are no matter; of images in sub-folders a warning is given.
+    Every image is opened, once in a process, so that what cannot be used is refused here, before any training:
+    FileNotFoundError for a name that is neither, ValueError for an empty folder, an unreadable image, one that would be left
+    out, or a missing caption. Captions and other files beside the images are no matter; of images in sub-folders a warning
+    is given.
     """
     dataset, _, slug = (name := str(name)).partition("/")
     if dataset in SETS and slug in shipped(dataset):
@@ -117,8 +118,23 @@ def load_item(name: str, caption: str = "") -> Item:
         except (OSError, RuntimeError) as error:  # too long, not to be listed, of no known user
             raise FileNotFoundError(f"no item {name!r}: no folder can be read there ({error})") from error
     for path in (*item.training, *item.controls, *item.more):
-        open_image(path)
+        _check_opens(path)
     return item
+
+
+def _check_opens(path: Path) -> None:
+    """Open an image once in this process, and again when its file has changed."""
+    try:
+        now = path.stat()
+    except OSError:
+        open_image(path)  # which says what is wrong
+        return
+    _opened(path, now.st_ino, now.st_size, now.st_mtime_ns, now.st_ctime_ns)
+
+
+@cache
+def _opened(path: Path, *_: int) -> None:
+    open_image(path)
 
 
 ROLES = ("training", "controls", "more")

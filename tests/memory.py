@@ -93,8 +93,8 @@ def drawn(table: pd.DataFrame, file: Path) -> None:
         axes.plot(own.N, own.without, marker=marker, label=stage)
     extract = table[table.stage == "extract"]
     axes.plot(extract.N, extract["of similarities"], "--", color="0.5", label="similarities of all pairs")
-    axes.set(xlabel="$N$", ylabel="MB", ylim=0)
-    axes.legend()
+    axes.set(xlabel="$N$", ylabel="MB", ylim=(0, 1.4 * max(table.without.max(), table["of similarities"].max())))
+    axes.legend(loc="upper left", ncols=2)
     figure.savefig(file)
     plots.plt.close(figure)
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shutil
 import warnings
 from collections import Counter
 
@@ -392,3 +393,21 @@ def test_uint8_pictures_survive_the_round_trip(pictures):
 def test_to_uint8_clips_and_rounds_to_the_nearest(value):
     pixel = int(datasets.to_uint8(torch.full((1, 3, 1, 1), value))[0, 0, 0, 0])
     assert abs(pixel - 255 * (min(max(value, -1), 1) + 1) / 2) <= 0.5 + 1e-4
+
+
+def test_an_image_is_opened_once_and_again_when_its_file_has_changed(picture_folder, tmp_path, monkeypatch):
+    shutil.copytree(picture_folder, folder := tmp_path / "pictures")
+    opened, plain = [], datasets.open_image
+    monkeypatch.setattr(datasets, "open_image", lambda path: opened.append(path.name) or plain(path))
+    n = datasets.load_item(str(folder), "a dog").n_training
+    datasets.load_item(str(folder), "a cat")
+    assert sorted(opened) == sorted(path.name for path in folder.iterdir())
+    assert len(opened) == n
+    broken = folder / "0.png"
+    broken.write_bytes(bytes(broken.stat().st_size))
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"0\.png is not an image that can be read"):
+            datasets.load_item(str(folder), "a dog")
+    broken.unlink()
+    datasets.load_item(str(folder), "a dog")
+    assert opened[n:] == ["0.png", "0.png"]
