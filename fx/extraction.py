@@ -19,6 +19,7 @@ from fx import results
 from fx.cliques import RULES, estimate_n_training, extract
 from fx.datasets import from_uint8, to_uint8
 from fx.losses import to_latents
+from fx.models import PRECISIONS
 from fx.refine import Consensus, Contrastive, check_refinement, evaluations, refined
 from fx.sampling import Generate, generated_pictures, picture_file, save_picture
 from fx.similarity import (
@@ -119,7 +120,7 @@ def _refine(spec: Extract, folder: Path) -> None:
     for name in ("extraction.json", "descriptors.npy"):
         shutil.copyfile(plain / name, folder / name)
     centres = extraction_sets(plain)["centres"]
-    pair = load_tuned(spec.generate.model)
+    pair = load_tuned(spec.generate.model, PRECISIONS[spec.generate.precision])
 
     def latents(numbers: Sequence[int]) -> Tensor:
         return to_latents(pair, from_uint8(generated_pictures(spec.generate, numbers)))

@@ -1,4 +1,4 @@
-"""Extracted images made more like what they are copies of, by the two models alone (beyond the paper; notebook 14).
+"""Extracted images made more like what they are copies of, by the two models alone (beyond the paper).
 
     Extract(generate, 10, refine=Consensus())       # from what neighbours have in common
     Extract(generate, 10, refine=Contrastive())     # down the difference of both models' losses

@@ -2,9 +2,7 @@
 
 import multiprocessing
 import os
-import signal
 import sys
-import threading
 import time
 from dataclasses import replace
 from types import SimpleNamespace
@@ -137,11 +135,12 @@ def test_a_measurement_is_a_process_of_its_own_and_its_failure_a_message(spec, m
 
 
 def test_an_interruption_ends_the_process_that_measures(spec, monkeypatch, tmp_path):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
     monkeypatch.setattr(cost, "START", "fork")
     monkeypatch.setattr(cost, "measure", lambda *_: time.sleep(60))
-    main = threading.main_thread().ident
-    interrupt = threading.Timer(1.0, lambda: signal.pthread_kill(main, signal.SIGINT))
-    interrupt.start()
+    monkeypatch.setattr("multiprocessing.connection.Connection.recv", interrupted)
     with pytest.raises(KeyboardInterrupt):
         cost.apart(spec, tmp_path)
     for process in multiprocessing.active_children():

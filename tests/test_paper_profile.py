@@ -30,13 +30,18 @@ def test_every_notebook_has_the_papers_parameters():
     assert {path.stem for path in NOTEBOOKS.glob("*.ipynb")} == {path.stem for path in NOTEBOOKS.glob("params/paper/*")}
 
 
-def test_a_dry_run_of_all_lists_what_is_here(there, capsys, tmp_path):
+def test_a_dry_run_of_all_lists_what_is_here(there, capsys, tmp_path, monkeypatch):
+    """Without the plans, which take minutes; test_plan.py has those of two notebooks."""
+    planned = []
+    monkeypatch.setattr(reproduce.plan, "steps", lambda notebook, values: planned.append((notebook.stem, values)) or [])
     reproduce.main(["--profile", "paper", "--dry-run"])
     said = capsys.readouterr().out
     assert said.count(".ipynb: ") == len(list(NOTEBOOKS.glob("[0-9][0-9]-*.ipynb"))) - 1
     rows = [line.split() for line in said.splitlines() if line.endswith((" yes", " no"))]
     assert len(rows) == 8
     assert {row[-1] for row in rows} == {"yes"}
+    assert [name for name, _ in planned] == [path.stem for path in reproduce.find_notebooks([])]
+    assert {values["profile"] for _, values in planned} == {"paper"}
     assert not (tmp_path / "runs").exists()
 
 

@@ -13,7 +13,7 @@ from fx import refine, results, sampling
 from fx.datasets import from_uint8, to_uint8
 from fx.evaluation import Score, read_matches
 from fx.extraction import Extract, extracted_descriptors, extracted_pictures, extraction_sets
-from fx.families import decode, latent_shape, make_scheduler, noising
+from fx.families import decode, latent_shape, make_scheduler, network, noising
 from fx.finetune import FineTune, TrainingItem
 from fx.losses import errors, to_latents
 from fx.models import ModelPair
@@ -172,6 +172,20 @@ def test_what_refining_costs_is_what_is_evaluated(model, monkeypatch):
         assert refine.evaluations(how, spec, 2) == count
     assert sampling.evaluations(spec) == 6 * 4 * 2
     assert sampling.evaluations(replace(spec, arm="direct", guidance_scale=1.0)) == 6 * 4
+
+
+@pytest.mark.parametrize("how", WAYS)
+def test_networks_have_the_precision_of_the_generation(model, how, monkeypatch):
+    seen, plain = [], ModelPair.predict
+
+    def noting(self, which, x, t, condition):
+        seen.append((network(self.tuned).dtype, x.dtype))
+        return plain(self, which, x, t, condition)
+
+    results.complete(plain_one := Extract(generate(model, precision="bfloat16"), 2))
+    monkeypatch.setattr(ModelPair, "predict", noting)
+    results.complete(replace(plain_one, refine=how))
+    assert set(seen) == {(torch.bfloat16, torch.float32)}
 
 
 @pytest.mark.parametrize(
