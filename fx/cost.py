@@ -18,7 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 from typing import ClassVar
@@ -148,36 +148,46 @@ def make(folder: Path, spec: Cost) -> None:
 
 
 def apart(spec: Cost, place: Path) -> dict:
-    """`measure` in a process of its own; where there is fork, of one that has imported everything and done nothing."""
+    """`measure` in a process of its own."""
+    try:
+        return in_a_process(measure, spec, place)
+    except RuntimeError as error:
+        raise RuntimeError(f"the measurement of {spec.arms[0]} failed: {error}") from None
+
+
+def in_a_process(do: Callable, *given):
+    """What a function returns in a process of its own, where there is fork of one that has only imported its module.
+
+    Its progress bars are not shown. RuntimeError for whatever goes wrong there.
+    """
     context = multiprocessing.get_context(START)
     if START == "forkserver":
-        context.set_forkserver_preload([__name__])
+        context.set_forkserver_preload([do.__module__])
     ours, theirs = context.Pipe(duplex=False)
-    process = context.Process(target=_tell, args=(theirs, asdict(spec), str(place)), daemon=True)
+    process = context.Process(target=_tell, args=(theirs, do, given), daemon=True)
     process.start()
     theirs.close()
     try:
-        found = ours.recv()
+        found, fault = ours.recv()
     except EOFError:
         process.join()
-        found = f"its process ended with exit code {process.exitcode}"
+        found, fault = None, f"its process ended with exit code {process.exitcode}"
     except BaseException:
         process.kill()
         raise
     process.join()
-    if isinstance(found, str):
-        raise RuntimeError(f"the measurement of {spec.arms[0]} failed: {found}")
+    if fault:
+        raise RuntimeError(fault)
     return found
 
 
-def _tell(sender, fields: dict, place: str) -> None:
-    """In that process: send the measurement, or what went wrong."""
+def _tell(sender, do: Callable, given: tuple) -> None:
+    """In that process: send what the function returns, or what went wrong."""
     try:
-        with contextlib.redirect_stderr(io.StringIO()):  # its progress bars
-            found = measure(Cost(**fields | {"arms": tuple(fields["arms"])}), Path(place))
+        with contextlib.redirect_stderr(io.StringIO()):
+            sender.send((do(*given), ""))
     except Exception as error:
-        found = f"{type(error).__name__}: {error}"
-    sender.send(found)
+        sender.send((None, f"{type(error).__name__}: {error}"))
 
 
 def measure(spec: Cost, place: Path) -> dict[str, float | str]:

@@ -23,7 +23,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import nbformat
@@ -61,8 +61,10 @@ class Planned:
 
 def described(spec) -> Planned:
     """What doing a step asks of the network; nothing for a step that does not sample or train."""
+    from fx import refine
+    from fx.extraction import Extract
     from fx.finetune import FineTune, load_training
-    from fx.sampling import ARMS, BLOCK, Generate
+    from fx.sampling import BLOCK, Generate, evaluations
 
     asked = results._asked(spec)
     place = results.place_of(asked)
@@ -74,8 +76,11 @@ def described(spec) -> Planned:
         return Planned(**known, base=spec.base, trained=trained, model=model)
     if isinstance(spec, Generate):
         sampled = -(-spec.n_generated // BLOCK) * BLOCK
-        each = 2 if ARMS[spec.arm].reference else 1
-        return Planned(**known, base=spec.model.base, forward=sampled * spec.steps * each, images=spec.n_generated)
+        forward = evaluations(replace(spec, n_generated=sampled))
+        return Planned(**known, base=spec.model.base, forward=forward, images=spec.n_generated)
+    if isinstance(spec, Extract) and spec.refine and spec.n_training:
+        forward = refine.evaluations(spec.refine, spec.generate, spec.n_training)
+        return Planned(**known, base=spec.generate.model.base, forward=forward)
     return Planned(**known)
 
 

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from fx.families import decode, noising
 from fx.losses import errors, told_apart
 from fx.models import ModelPair
-from fx.sampling import ARMS, BLOCK, Generate, arm_scheduler, begin_at, noised, predictor, prompt, walk
+from fx.sampling import ARMS, BLOCK, Generate, arm_scheduler, noised, predictor, prompt, walk
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ def evaluations(how: Refinement, generate: Generate, n_extracted: int) -> int:
     if isinstance(how, Contrastive):
         return n_extracted * how.steps * 2 * 3
     walked = generate.steps - first_step(how, generate.steps)
-    return n_extracted * how.draws * walked * (2 if ARMS[generate.arm].reference else 1)
+    return n_extracted * how.draws * walked * ARMS[generate.arm].predictions
 
 
 def first_step(how: Consensus, steps: int) -> int:
@@ -133,8 +133,8 @@ def walk_again(how: Consensus, generate: Generate, pair: ModelPair, x0: Tensor, 
     The noise of draw d of the centre with number i is drawn from (seed, 1 + d, i).
     """
     scheduler = arm_scheduler(pair.tuned, generate.sampler, generate.arm)
-    scheduler.set_timesteps(generate.steps)
-    begin_at(scheduler, start := first_step(how, generate.steps))  # ValueError now for one that cannot
+    scheduler.set_timesteps(generate.steps, device=x0.device)
+    start = first_step(how, generate.steps)
     predict = predictor(pair, prompt(generate), generate.arm)
     tasks = [(row, draw) for row in range(len(x0)) for draw in range(how.draws)]
     total = torch.zeros_like(x0)
@@ -146,7 +146,6 @@ def walk_again(how: Consensus, generate: Generate, pair: ModelPair, x0: Tensor, 
                 for row, draw in part
             ]
             rows = torch.tensor([row for row, _ in part])
-            scheduler.set_timesteps(generate.steps, device=x0.device)
             x = noised(x0[rows], torch.from_numpy(np.stack(draws)).to(x0), scheduler, start)
             w, k = generate.guidance_scale, generate.correction_scale
             ends = walk(predict, x, scheduler, generate.steps, w, k, start=start)

@@ -84,7 +84,9 @@ def assignment(text: str) -> tuple[str, object]:
     except (yaml.YAMLError, ValueError, RecursionError):  # ValueError: a date such as 2026-13-01
         raise argparse.ArgumentTypeError(f"the value of {reprlib.repr(text)} is not YAML") from None
     if not isinstance(read, str | int | float):
-        raise argparse.ArgumentTypeError(f"{reprlib.repr(text)} is no number, no text and neither true nor false")
+        raise argparse.ArgumentTypeError(
+            f"{reprlib.repr(text)} is no number, no text and neither true nor false (an empty text is '')"
+        )
     if type(read) in (int, float) and not DECIMAL.fullmatch(value.strip()):
         raise argparse.ArgumentTypeError(
             f"YAML reads {text!r} as {read}: write a plain decimal number, or text in quotes"

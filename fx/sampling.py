@@ -41,6 +41,11 @@ class Arm:
     reference: tuple[str, bool] | None
     target: tuple[str, bool]
 
+    @property
+    def predictions(self) -> int:
+        """How many evaluations of a network a step takes for one image."""
+        return 2 if self.reference else 1
+
 
 ARMS = {
     "direct": Arm("theta' with the caption", None, ("tuned", True)),
@@ -188,7 +193,7 @@ def _take_over(spec: Generate, scratch: Path) -> None:
 
 def evaluations(spec: Generate) -> int:
     """How many evaluations of a network for one image a Generate takes: one per image, step and prediction of its arm."""
-    return spec.n_generated * spec.steps * (2 if ARMS[spec.arm].reference else 1)
+    return spec.n_generated * spec.steps * ARMS[spec.arm].predictions
 
 
 def picture_file(folder: Path, number: int) -> Path:

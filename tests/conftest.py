@@ -20,6 +20,7 @@ from hypothesis import settings
 from PIL import Image
 
 from fx import results
+from fx.finetune import FineTune, TrainingItem
 from fx.mini.sd import scheduler
 from fx.models import ModelPair, load_pipeline
 from fx.sampling import Generate, picture_file, save_picture
@@ -132,3 +133,12 @@ def pair(tiny_pipeline) -> ModelPair:
         for parameter in tuned.unet.parameters():
             parameter += 0.03 * torch.randn(parameter.shape, generator=generator)
     return ModelPair(tiny_pipeline, tuned)
+
+
+@pytest.fixture(params=["sd1", "sd3"])
+def model(request, picture_folder, tmp_path, runs) -> FineTune:
+    """A tiny model of each of two families, much changed by a short fine-tuning; files of their own kind override it."""
+    base = tmp_path / request.param
+    tiny.save(request.param, base)
+    fields = {"learning_rate": 1e-2, "steps_per_image": 3, "batch_size": 2}
+    return FineTune((TrainingItem(str(picture_folder), "a dog"),), str(base), **fields)

@@ -2,16 +2,14 @@
 
     PYTHONPATH=. python tests/memory.py [N ...] [--figure FILE]
 
-A tiny model draws N images (500, 1,000, 2,000 and 5,000 unless others are named), and each step is done in a process of its
-own, forked from one that has only imported. Its peak is what it has had resident at most beyond what it began with. The
-similarities of all pairs, as float32 and as whole millionths, are 8 N^2 bytes; what is left of the peak without them should
-not grow. The tests run a short form of it (tests/test_memory.py).
+A tiny model draws N images of 64 pixels (500, 1,000, 2,000 and 5,000 unless others are named), and each step is done in a
+process of its own, forked from one that has only imported. Its peak is what it has had resident at most beyond what it
+began with. The similarities of all pairs, as float32 and as whole millionths, are 8 N^2 bytes and told apart. Whoever held
+all images would hold 12 kB for each as bytes and 49 kB as numbers. The tests run a short form (tests/test_memory.py).
 """
 
 import argparse
-import contextlib
-import io
-import multiprocessing
+import json
 import sys
 import tempfile
 from pathlib import Path
@@ -23,7 +21,7 @@ import torch
 from PIL import Image
 
 from fx import plots, results
-from fx.cost import START, peak
+from fx.cost import in_a_process, peak
 from fx.evaluation import Score
 from fx.extraction import Extract
 from fx.finetune import FineTune, TrainingItem
@@ -37,52 +35,47 @@ USUAL = (500, 1000, 2000, 5000)
 def specs(base: str, pictures: str, n: int) -> dict[str, object]:
     """A step of each stage, of which the later ones build on the earlier."""
     model = FineTune((TrainingItem(pictures, "a dog"),), base, steps_per_image=2, learning_rate=1e-3)
-    generate = Generate(model, "finextract", 3.0, n_generated=n, steps=2, sampler="dpm++")
+    generate = Generate(model, "direct", 1.0, n_generated=n, steps=1)
     extract = Extract(generate, 10, rule="tightest")
     return dict(zip(STAGES, (generate, extract, Score(extract, judge="")), strict=True))
 
 
-def work(area: str, base: str, pictures: str, n: int, stage: str, sender) -> None:
-    """In a process of its own: do a step whose predecessors are finished; send the megabytes that came on top."""
-    results.RUNS = Path(area)
+def work(area: Path, base: str, pictures: str, n: int, stage: str) -> float:
+    """In a process of its own: do a step whose predecessors are finished; the megabytes that came on top."""
+    results.RUNS = area
     torch.set_num_threads(1)
     before = psutil.Process().memory_info().rss / 1e6
-    with contextlib.redirect_stderr(io.StringIO()):
-        results.complete(specs(base, pictures, n)[stage])
-    sender.send(peak() - before)
+    results.complete(specs(base, pictures, n)[stage])
+    return peak() - before
 
 
 def measured(numbers: tuple[int, ...], place: Path) -> pd.DataFrame:
     """A line for each stage and N: N, stage, MB at the peak, MB of the similarities, and MB without those."""
     base, pictures = str(place / "base"), place / "pictures"
     tiny.save("sd1", Path(base))
+    config = place / "base/unet/config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"sample_size": 16}))
     pictures.mkdir()
     for number, picture in enumerate(tiny.pictures(3)):
         Image.fromarray(picture).save(pictures / f"{number}.png")
-    context = multiprocessing.get_context(START)
-    if START == "forkserver":
-        context.set_forkserver_preload(["memory"])
     lines = []
     for n in numbers:
         results.RUNS = place / f"runs{n}"
         results.complete(specs(base, str(pictures), n)["generate"].model)
         for stage in STAGES:
-            ours, theirs = context.Pipe(duplex=False)
-            process = context.Process(target=work, args=(str(results.RUNS), base, str(pictures), n, stage, theirs))
-            process.start()
-            theirs.close()
-            found = ours.recv()
-            process.join()
+            found = in_a_process(work, results.RUNS, base, str(pictures), n, stage)
             pairs = MATRICES * n**2 / 1e6 if stage == "extract" else 0.0
             lines.append({"N": n, "stage": stage, "MB": found, "of similarities": pairs, "without": found - pairs})
             print(f"N = {n}, {stage}: {found:.0f} MB, {found - pairs:.0f} without similarities", file=sys.stderr)
     return pd.DataFrame(lines)
 
 
-def growth(table: pd.DataFrame) -> pd.Series:
-    """For each stage MB without similarities at the largest N over those at the smallest."""
+def growth(table: pd.DataFrame) -> pd.DataFrame:
+    """For each stage, without similarities: the largest N's peak over the smallest's, and kB for each image more."""
     wide = table.pivot(index="stage", columns="N", values="without").loc[list(STAGES)]
-    return (wide[wide.columns.max()] / wide[wide.columns.min()]).rename("largest over smallest")
+    least, most = wide.columns.min(), wide.columns.max()
+    more = 1e3 * (wide[most] - wide[least]) / (most - least)
+    return pd.DataFrame({"largest over smallest": wide[most] / wide[least], "kB an image": more})
 
 
 def drawn(table: pd.DataFrame, file: Path) -> None:

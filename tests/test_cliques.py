@@ -252,7 +252,7 @@ def test_paper_sweep_stops_at_the_first_threshold_with_enough_cliques():
 @pytest.mark.parametrize("n", [2, 3, 40, 1500])
 @pytest.mark.parametrize("share", [0.0, 0.25, 0.75, 1.0])
 def test_the_quantile_is_that_of_all_pairs(n, share):
-    """Also where the pairs are counted in several portions, and at both ends of what a cosine can be."""
+    """Also at both ends of what a cosine can be."""
     weights = np.random.default_rng(n).integers(-1_001_000, 1_001_001, (n, n), dtype=np.int32)
     weights[0, 1], weights[-2, -1] = 1_001_000, -1_001_000
     pairs = weights[np.triu_indices(n, 1)]

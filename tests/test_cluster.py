@@ -86,10 +86,7 @@ def test_a_run_moved_to_a_cluster_that_loses_a_worker_ends_the_same(tiny_sd, pic
         results.connect("")
     assert len(workers) == 3
     assert client.status == "closed"
-    ended = time.monotonic() + 60
-    while (left := [pid for pid in workers if psutil.pid_exists(pid)]) and time.monotonic() < ended:
-        time.sleep(0.1)
-    assert not left  # the processes end with it, on a busy machine a little later
+    assert not [pid for pid in workers if psutil.pid_exists(pid)]  # the processes end with it
     assert killed
     assert before
     assert before.items() <= kills.finished(shared).items(), "finished and then done again"

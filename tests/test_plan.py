@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import nbformat
@@ -16,6 +17,7 @@ from torch import nn
 from fx import plan, results, settings
 from fx.finetune import TrainingItem
 from fx.plan import Planned
+from fx.refine import Contrastive
 from fx.reproduce import find_notebooks, parameters
 
 PARAMETERS = 'profile = "quick"\nitems = "style/mimooh"\nsection = "mini-sd"\nn = 20'
@@ -73,6 +75,9 @@ def test_a_step_counts_the_evaluations_it_makes(runs):
     assert (tuned.trained, tuned.model, tuned.forward) == (2000, "lora:64", 0)  # 200 steps an image, ten images
     direct, guided = (plan.described(s.generate(model, arm, 25)) for arm in ("direct", "finextract"))
     assert (direct.forward, guided.forward, direct.images) == (30 * 10, 30 * 10 * 2, 25)  # blocks of ten, ten steps
+    refined = s.extract(s.generate(model, "finextract", 25), 10, refine=Contrastive(steps=5))
+    assert plan.described(refined).forward == 10 * 5 * 2 * 3  # two models, a backward pass as two
+    assert plan.described(replace(refined, refine=None)).forward == 0
     short = plan.described(s.fine_tune(TrainingItem("style/mimooh", first=3), steps_per_image=3, batch_size=4))
     assert short.trained == 12
 

@@ -5,7 +5,6 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-import tiny
 import torch
 from PIL import Image
 
@@ -15,7 +14,7 @@ from fx.evaluation import Score, read_matches
 from fx.extraction import Extract, extracted_descriptors, extracted_pictures, extraction_sets
 from fx.families import decode, latent_shape, make_scheduler, network, noising
 from fx.finetune import FineTune, TrainingItem
-from fx.losses import errors, to_latents
+from fx.losses import errors, to_latents, told_apart
 from fx.models import ModelPair
 from fx.refine import Consensus, Contrastive
 from fx.sampling import Generate, generated_pictures
@@ -24,14 +23,6 @@ from fx.tuned import Checkpoint, load_tuned
 from fx.witnesses import Resemblance, scores
 
 WAYS = [Consensus(neighbours=2, draws=2), Contrastive(steps=3)]
-
-
-@pytest.fixture(params=["sd1", "sd3"])
-def model(request, picture_folder, tmp_path, runs) -> FineTune:
-    base = tmp_path / request.param
-    tiny.save(request.param, base)
-    fields = {"learning_rate": 1e-2, "steps_per_image": 3, "batch_size": 2}
-    return FineTune((TrainingItem(str(picture_folder), "a dog"),), str(base), **fields)
 
 
 def generate(model: FineTune | Checkpoint, **changes) -> Generate:
@@ -151,6 +142,14 @@ def test_where_nothing_was_learned_contrast_changes_nothing(model):
     start = to_latents(pair, from_uint8(generated_pictures(spec.generate, centres)))
     expected = to_uint8(decode(pair.tuned, start))
     assert np.abs(extracted_pictures(spec).astype(int) - expected).max() <= 1
+
+
+def test_a_difference_counts_where_it_is_more_than_rounding_each_image_by_itself():
+    one = torch.randn(3, 2, 4, 4, generator=torch.Generator().manual_seed(0))
+    difference = one * torch.tensor([1e-7, 1e-3, 0.0])[:, None, None, None]
+    found = told_apart(difference, one)
+    assert torch.equal(found[1], difference[1])
+    assert not found[[0, 2]].any()
 
 
 def test_what_refining_costs_is_what_is_evaluated(model, monkeypatch):

@@ -12,7 +12,7 @@ from fx import quality, results, witnesses
 from fx.datasets import load_images, to_uint8
 from fx.extraction import Extract
 from fx.families import decode, network, noising
-from fx.finetune import FineTune, TrainingItem
+from fx.finetune import FineTune
 from fx.models import ModelPair, load_pipeline
 from fx.sampling import Generate, picture_file
 from fx.tuned import Checkpoint, load_tuned
@@ -26,14 +26,6 @@ def images(tmp_path) -> tuple[str, ...]:
     for number, picture in enumerate(tiny.pictures(5)):
         Image.fromarray(picture).save(tmp_path / f"images/{number}.png")
     return tuple(str(tmp_path / f"images/{number}.png") for number in range(5))
-
-
-@pytest.fixture(params=["sd1", "sd3"])
-def model(request, picture_folder, tmp_path, runs) -> FineTune:
-    base = tmp_path / request.param
-    tiny.save(request.param, base)
-    fields = {"learning_rate": 1e-2, "steps_per_image": 3, "batch_size": 2}
-    return FineTune((TrainingItem(str(picture_folder), "a dog"),), str(base), **fields)
 
 
 def same(model: FineTune) -> Checkpoint:
