@@ -212,7 +212,7 @@ def measure(spec: Cost, place: Path) -> dict[str, float | str]:
 def load_for(arm: str, spec: Cost, place: Path) -> ModelPair:
     """What an arm needs: theta', and theta where the arm asks it."""
     tuned, dtype = place / "tuned", PRECISIONS[spec.precision]
-    asked = {end[0] for end in (ARMS[arm].reference, ARMS[arm].target) if end}
+    asked = {model for model, _ in ARMS[arm].ends}
     if asked == {"tuned"} and spec.method != "lora":
         alone = load_pipeline(str(tuned if spec.method == "dreambooth" else place / "whole"), dtype)
         return ModelPair(alone, alone)

@@ -24,6 +24,8 @@ ARM_COLOURS = {
     "finextract": "tab:blue",
     "conditional_only": "tab:green",
     "model_guidance": "tab:purple",
+    "caption_first": "tab:olive",
+    "model_first": "tab:cyan",
 }
 ARM_LABELS = {
     "direct": "direct",
@@ -31,6 +33,8 @@ ARM_LABELS = {
     "finextract": "FineXtract",
     "conditional_only": "conditional only",
     "model_guidance": "model guidance",
+    "caption_first": "caption first",
+    "model_first": "model first",
 }
 LABELS = ARM_LABELS | {
     "style": "artists",

@@ -135,7 +135,7 @@ def walk_again(how: Consensus, generate: Generate, pair: ModelPair, x0: Tensor, 
     scheduler = arm_scheduler(pair.tuned, generate.sampler, generate.arm)
     scheduler.set_timesteps(generate.steps, device=x0.device)
     start = first_step(how, generate.steps)
-    predict = predictor(pair, prompt(generate), generate.arm)
+    predict = predictor(pair, prompt(generate), generate.arm, generate.text_scale)
     tasks = [(row, draw) for row in range(len(x0)) for draw in range(how.draws)]
     total = torch.zeros_like(x0)
     with tqdm(total=len(tasks), desc="consensus", mininterval=2, leave=False) as bar:

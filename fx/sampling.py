@@ -10,7 +10,7 @@ import math
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar
 
@@ -35,24 +35,38 @@ Scale = float | Sequence[float] | Callable[[float], float]  # a number, one per 
 
 @dataclass(frozen=True)
 class Arm:
-    """A way of sampling: the model ("base" or "tuned") and whether it sees the caption, for reference and target."""
+    """A way of sampling: the model ("base" or "tuned") and whether it sees the caption, for reference and target.
+
+    text: the model whose step from no caption to the caption is a third term, with a scale of its own; None for no such.
+    """
 
     meaning: str
     reference: tuple[str, bool] | None
     target: tuple[str, bool]
+    text: str | None = None
+
+    @property
+    def ends(self) -> tuple[tuple[str, bool], ...]:
+        """All predictions that enter, each once."""
+        third = (ORIGIN, (self.text, False), (self.text, True)) if self.text else ()
+        return tuple(dict.fromkeys(end for end in (self.reference, self.target, *third) if end))
 
     @property
     def predictions(self) -> int:
         """How many evaluations of a network a step takes for one image."""
-        return 2 if self.reference else 1
+        return len(self.ends)
 
 
+ORIGIN = ("base", False)  # where guidance starts: theta without the caption
 ARMS = {
     "direct": Arm("theta' with the caption", None, ("tuned", True)),
     "cfg": Arm("classifier-free guidance within theta' (Eq. 8)", ("tuned", False), ("tuned", True)),
     "finextract": Arm("from theta without to theta' with the caption (Eq. 13)", ("base", False), ("tuned", True)),
     "conditional_only": Arm("from theta to theta', both with the caption (App. H)", ("base", True), ("tuned", True)),
     "model_guidance": Arm("from theta to theta', both without (Eq. 6, App. C)", ("base", False), ("tuned", False)),
+    # Eq. 13's step from theta without to theta' with the caption, in two legs, each with a scale: by either of two corners
+    "caption_first": Arm("the caption's step in theta, then to theta'", ("base", True), ("tuned", True), "base"),
+    "model_first": Arm("to theta', then the caption's step in theta'", ("base", False), ("tuned", False), "tuned"),
 }
 
 
@@ -61,8 +75,9 @@ class Generate:
     """What to sample: N = n_generated images of one arm.
 
     model: where theta' comes from; caption: None for the one it was fine-tuned with, "" for none; guidance_scale is w' (1
-    for direct), correction_scale is k (finextract only), both a number or one per step; steps are sampling steps;
-    precision: of the networks ("float32", "bfloat16", "float16"), guidance is in float32 always.
+    for direct), correction_scale is k (finextract only), both a number or one per step; text_scale: of the caption's own
+    step, in arms that have one (caption_first, model_first); steps are sampling steps; precision: of the networks
+    ("float32", "bfloat16", "float16"), guidance is in float32 always.
 
     Image i owns the seed (seed, i): its starting latent is the same in every arm. Images are sampled in blocks of BLOCK
     consecutive ones, so that image i does not depend on N either, and a larger N takes over what was sampled for a
@@ -82,9 +97,10 @@ class Generate:
     sampler: str = "ddim"
     precision: str = "float32"
     seed: int = 0
+    text_scale: float = field(default=1.0, metadata={"absent": 1.0})
 
     def __post_init__(self):
-        check_arm(self.arm, self.guidance_scale, self.correction_scale)
+        check_arm(self.arm, self.guidance_scale, self.correction_scale, self.text_scale)
         if self.n_generated < 1 or not 1 <= self.steps < 1000:
             raise ValueError(f"n_generated {self.n_generated} must be at least 1, steps {self.steps} within 1..999")
         if self.seed < 0:
@@ -98,7 +114,7 @@ class Generate:
                 raise ValueError(f"the published sampler has one {name} for all steps")
 
 
-def check_arm(arm: str, w: Scale, k: Scale) -> None:
+def check_arm(arm: str, w: Scale, k: Scale, text_scale: float = 1.0) -> None:
     """ValueError for an unknown arm or a scale that the arm would not use."""
     if arm not in ARMS:
         raise ValueError(f"unknown arm {arm!r}: choose from {', '.join(ARMS)}")
@@ -106,6 +122,13 @@ def check_arm(arm: str, w: Scale, k: Scale) -> None:
         raise ValueError(f"direct sampling has no guidance: its guidance scale is 1.0, not {w}")
     if arm != "finextract" and k != 0.0:
         raise ValueError(f"the correction scale {k} is a term of Eq. 13: only the arm finextract has one")
+    if ARMS[arm].text is None and text_scale != 1.0:
+        with_text = " and ".join(name for name, own in ARMS.items() if own.text)
+        raise ValueError(
+            f"text_scale {text_scale} would not be used: the arms with a scale of the caption are {with_text}"
+        )
+    if not math.isfinite(text_scale):
+        raise ValueError(f"text_scale must be finite, not {text_scale}")
 
 
 def prompt(spec: Generate) -> str:
@@ -168,7 +191,14 @@ def _sample_blocks(spec: Generate, starts: list[int], scratch: Path) -> None:
     """Sample the blocks that begin at `starts` and keep their images below N in `scratch`."""
     pair = load_tuned(spec.model, PRECISIONS[spec.precision])
     sampler = batch_sampler(
-        pair, prompt(spec), spec.arm, spec.guidance_scale, spec.correction_scale, spec.steps, spec.sampler
+        pair,
+        prompt(spec),
+        spec.arm,
+        spec.guidance_scale,
+        spec.correction_scale,
+        spec.steps,
+        spec.sampler,
+        text_scale=spec.text_scale,
     )
     title = f"{spec.arm} {prompt(spec)}"[:40]
     with tqdm(total=len(starts) * BLOCK, desc=title, mininterval=2, leave=False) as bar:
@@ -355,9 +385,24 @@ def arm_scheduler(pipeline, sampler: str, arm: str):
 # Images of a model pair
 
 
-def predictor(pair: ModelPair, caption: str, arm: str):
-    """The two predictions of an arm as one function (x_t, t) -> (reference or None, target)."""
-    return pair.predictions(ARMS[arm].reference, ARMS[arm].target, caption)
+def predictor(pair: ModelPair, caption: str, arm: str, text_scale: float = 1.0):
+    """The two predictions of an arm as one function (x_t, t) -> (reference or None, target).
+
+    Where the caption has a scale s of its own, the reference is theta's prediction without the caption plus s times the
+    caption's step, and the target is that plus the step from theta to theta'. So with w' the whole is theta's + s * (the
+    caption's step) + w' * (the models' step); with s = w' it is Eq. 13 without k.
+    """
+    own = ARMS[arm]
+    if own.text is None:
+        return pair.predictions(own.reference, own.target, caption)
+    asked = {end: pair.predictions(None, end, caption) for end in own.ends}
+
+    def predict(x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        found = {end: predictions(x, t)[1].to(x.dtype) for end, predictions in asked.items()}
+        reference = found[ORIGIN] + text_scale * (found[own.text, True] - found[own.text, False])
+        return reference, reference + (found[own.target] - found[own.reference])
+
+    return predict
 
 
 def starting_latents(shape: tuple[int, ...], seed: int, numbers: Sequence[int]) -> Tensor:
@@ -379,13 +424,14 @@ def sample(
     batch_size: int = 50,
     decode_chunk: int = 16,
     callback: Callable[[int, Tensor], None] | None = None,
+    text_scale: float = 1.0,
 ) -> np.ndarray:
     """Sample n images of one arm, uint8 [n, h, w, 3].
 
     sampler: see `fx.families.make_scheduler`; "published" reproduces the authors' code, see `ReleasedDDIM`. A batch that
     does not fit into memory is halved. `decode_chunk` images are decoded at a time. `callback` as in `sample_latents`.
     """
-    of_batch = batch_sampler(pair, caption, arm, w, k, steps, sampler, decode_chunk, callback)
+    of_batch = batch_sampler(pair, caption, arm, w, k, steps, sampler, decode_chunk, callback, text_scale)
     images = []
     with tqdm(total=n, desc=f"{arm} {caption}"[:40], mininterval=2, leave=False) as bar:
         for first in range(0, n, batch_size):
@@ -404,11 +450,12 @@ def batch_sampler(
     sampler: str,
     decode_chunk: int = 16,
     callback: Callable[[int, Tensor], None] | None = None,
+    text_scale: float = 1.0,
 ) -> Callable[[Sequence[int], int], np.ndarray]:
     """A function (numbers of images [n], seed) -> the images, uint8 [n, h, w, 3]; arguments as in `sample`."""
-    check_arm(arm, w, k)
+    check_arm(arm, w, k, text_scale)
     scheduler = arm_scheduler(pair.tuned, sampler, arm)
-    predict = predictor(pair, caption, arm)
+    predict = predictor(pair, caption, arm, text_scale)
     walked = functools.partial(walk, predict, scheduler=scheduler, steps=steps, w=w, k=k, callback=callback)
 
     def of_batch(numbers: Sequence[int], seed: int) -> np.ndarray:

@@ -43,7 +43,9 @@ def images(pair: ModelPair, arm: str, w: float = 1.0, k: float = 0.0, caption: s
     return decode(pair.tuned, sampling.walk(predict, x, scheduler(), STEPS, w, k))
 
 
-def one_prediction(pair: ModelPair, arm: str, w: float, k: float, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+def one_prediction(
+    pair: ModelPair, arm: str, w: float, k: float, x: torch.Tensor, t: torch.Tensor, text_scale: float = 1.0
+) -> torch.Tensor:
     """What the sampler hands to its scheduler at the first of its steps, which is set to timestep t."""
 
     class OneStep:
@@ -55,7 +57,7 @@ def one_prediction(pair: ModelPair, arm: str, w: float, k: float, x: torch.Tenso
         def step(self, prediction, t, x):
             return SimpleNamespace(prev_sample=prediction)
 
-    return sampling.walk(sampling.predictor(pair, CAPTION, arm), x, OneStep(), 1, w, k)
+    return sampling.walk(sampling.predictor(pair, CAPTION, arm, text_scale), x, OneStep(), 1, w, k)
 
 
 def grey_levels(first: np.ndarray, second: np.ndarray) -> int:
@@ -105,6 +107,47 @@ def test_eq_6_is_on_two_unets_with_one_caption(pair, arm, prompt):
     found = one_prediction(pair, arm, 3.0, 0.0, x, t)
     assert torch.allclose(found, theta_prime + 2 * (theta_prime - theta), atol=1e-5)
     assert (found - theta_prime).abs().max() > 1e-2
+
+
+def test_the_way_to_the_caption_and_to_the_tuned_model_has_a_scale_for_each_leg(pair):
+    x, t = torch.randn(2, *SHAPE, generator=torch.Generator().manual_seed(4)), torch.tensor(400)
+    found = {}
+    with torch.no_grad():
+        for name, model in (("theta", pair.base), ("theta'", pair.tuned)):
+            for prompt in ("", CAPTION):
+                text = encode(model, prompt).text.repeat(2, 1, 1)
+                found[name, prompt] = model.unet(x, t, text).sample
+    start, end = found["theta", ""], found["theta'", CAPTION]
+    for arm, corner in (("caption_first", found["theta", CAPTION]), ("model_first", found["theta'", ""])):
+        text, models = ((corner - start), (end - corner))[:: 1 if arm == "caption_first" else -1]
+        assert torch.allclose(
+            one_prediction(pair, arm, 3.0, 0.0, x, t, 1.5), start + 3 * models + 1.5 * text, atol=1e-5
+        )
+        both = one_prediction(pair, arm, 3.0, 0.0, x, t, 3.0)
+        assert torch.allclose(both, one_prediction(pair, "finextract", 3.0, 0.0, x, t), atol=1e-5)
+        assert (text - models).abs().max() > 1e-3
+    for arm, scale, other in (("caption_first", 1.0, "conditional_only"), ("model_first", 0.0, "model_guidance")):
+        alone = one_prediction(pair, arm, 3.0, 0.0, x, t, scale)
+        assert torch.allclose(alone, one_prediction(pair, other, 3.0, 0.0, x, t), atol=1e-5)
+    assert sampling.ARMS["caption_first"].predictions == sampling.ARMS["model_first"].predictions == 3
+
+
+def test_a_scale_of_the_caption_is_part_of_what_is_generated(pair, monkeypatch, tmp_path):
+    monkeypatch.setattr(sampling, "load_tuned", lambda model, dtype: pair)
+    asked = Generate(Checkpoint("x", caption=CAPTION), "caption_first", 3.0, n_generated=2, steps=STEPS)
+    drawn = {}
+    for scale in (1.0, 2.0):
+        spec = replace(asked, text_scale=scale)
+        sampling._sample_blocks(spec, [0], tmp_path)
+        drawn[scale] = np.stack([np.asarray(Image.open(picture_file(tmp_path, number))) for number in range(2)])
+        whole = sampling.sample(pair, CAPTION, BLOCK, "caption_first", 3.0, steps=STEPS, text_scale=scale)
+        assert np.array_equal(whole[:2], drawn[scale])
+    assert (drawn[1.0] != drawn[2.0]).any()
+    assert sampling.evaluations(asked) == 2 * STEPS * 3
+    with pytest.raises(ValueError, match=r"text_scale 2\.0 would not be used.*caption_first and model_first"):
+        Generate(MIMOOH, "finextract", text_scale=2.0)
+    with pytest.raises(ValueError, match="text_scale must be finite, not nan"):
+        replace(asked, text_scale=float("nan"))
 
 
 @pytest.mark.parametrize(("arm", "prompt"), [("conditional_only", CAPTION), ("model_guidance", "")])
