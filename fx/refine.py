@@ -9,7 +9,7 @@ two; `fx.sampling.evaluations` counts what generation costs.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -20,6 +20,8 @@ from fx.families import decode, noising
 from fx.losses import errors, told_apart
 from fx.models import ModelPair
 from fx.sampling import ARMS, BLOCK, Generate, arm_scheduler, noised, predictor, prompt, walk
+
+PER_STEP = 2 * 3  # evaluations of a step of Contrastive for one image: of both models, a forward and a backward pass
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,8 @@ class Contrastive:
 
     L is the squared error of a prediction (fx.losses); steps, learning_rate: of Adam; lowest, highest: shares of the
     training schedule between which t is drawn; radius: how far a latent may go from where it started, as root mean square
-    over its numbers.
+    over its numbers; base_sees_caption: False for theta without the caption, as in Eq. 13; after: a Consensus that makes
+    the latent it starts from, None for the centre's own.
     """
 
     steps: int = 100
@@ -56,6 +59,8 @@ class Contrastive:
     lowest: float = 0.1
     highest: float = 0.7
     radius: float = 1.0
+    base_sees_caption: bool = field(default=True, metadata={"absent": True})
+    after: Consensus | None = field(default=None, metadata={"absent": None})
 
     def __post_init__(self):
         if self.steps < 1 or self.learning_rate <= 0 or self.radius <= 0:
@@ -71,6 +76,8 @@ Refinement = Consensus | Contrastive
 
 def check_refinement(how: Refinement, generate: Generate) -> None:
     """ValueError for a Generate whose walk cannot be taken up in the middle, which Consensus does."""
+    if isinstance(how, Contrastive) and how.after:
+        check_refinement(how.after, generate)
     if isinstance(how, Consensus) and (generate.steps < 2 or generate.sampler == "published"):
         raise ValueError(
             "consensus begins in the middle: sample with at least 2 steps and another sampler than published"
@@ -80,7 +87,8 @@ def check_refinement(how: Refinement, generate: Generate) -> None:
 def evaluations(how: Refinement, generate: Generate, n_extracted: int) -> int:
     """What refining so many images costs, in evaluations of a network for one image, a backward pass counted as two."""
     if isinstance(how, Contrastive):
-        return n_extracted * how.steps * 2 * 3
+        before = evaluations(how.after, generate, n_extracted) if how.after else 0
+        return before + n_extracted * how.steps * PER_STEP
     walked = generate.steps - first_step(how, generate.steps)
     return n_extracted * how.draws * walked * ARMS[generate.arm].predictions
 
@@ -103,10 +111,15 @@ def refined(
     latents: numbers of generated images -> their latents [n, c, h', w'], scaled; similarity: of all generated images [N, N].
     Each depends on its own centre and its neighbours only.
     """
-    if isinstance(how, Consensus):
-        starts = consensus_starts(how, latents, centres, similarity)
-        return decode(pair.tuned, walk_again(how, generate, pair, starts, centres))
-    return decode(pair.tuned, descend(how, pair, latents(centres), prompt(generate), generate.seed))
+    consensus = how if isinstance(how, Consensus) else how.after
+    if consensus:
+        starts = consensus_starts(consensus, latents, centres, similarity)
+        x0 = walk_again(consensus, generate, pair, starts, centres)
+    else:
+        x0 = latents(centres)
+    if isinstance(how, Contrastive):
+        x0 = descend(how, pair, x0, prompt(generate), generate.seed)
+    return decode(pair.tuned, x0)
 
 
 def consensus_starts(
@@ -157,7 +170,8 @@ def walk_again(how: Consensus, generate: Generate, pair: ModelPair, x0: Tensor, 
 def descend(how: Contrastive, pair: ModelPair, x0: Tensor, caption: str, seed: int = 0, chunk: int = BLOCK) -> Tensor:
     """Latents [n, c, h, w] after Adam; each as if it were alone, since a step's t and noise are the same for all."""
     schedule = noising(pair.tuned)
-    conditions = {model: pair.condition(model, caption) for model in ("base", "tuned")}
+    seen = {"base": caption if how.base_sees_caption else "", "tuned": caption}
+    conditions = {model: pair.condition(model, text) for model, text in seen.items()}
     lowest, highest = (round(share * (schedule.levels - 1)) for share in (how.lowest, how.highest))
     parts = []
     with tqdm(total=how.steps * -(-len(x0) // chunk), desc="contrast", mininterval=2, leave=False) as bar:

@@ -23,6 +23,7 @@ from fx.tuned import Checkpoint, load_tuned
 from fx.witnesses import Resemblance, scores
 
 WAYS = [Consensus(neighbours=2, draws=2), Contrastive(steps=3)]
+WAYS += [Contrastive(steps=2, base_sees_caption=False, after=Consensus(neighbours=1, draws=1))]
 
 
 def generate(model: FineTune | Checkpoint, **changes) -> Generate:
@@ -122,6 +123,30 @@ def test_contrast_is_adam_on_the_log_ratio_of_both_losses(model):
     assert (near - x0).square().mean(dim=(1, 2, 3)).sqrt().max() <= 0.01 + 1e-6
 
 
+def test_contrast_may_start_from_the_consensus_and_leave_the_caption_to_the_tuned_model(model):
+    first, spec, pair = Consensus(neighbours=1, draws=1), generate(model), load_tuned(model)
+    latents = to_latents(pair, from_uint8(generated_pictures(spec)))
+    similarity = np.corrcoef(latents.flatten(1).numpy())
+
+    def known(numbers):
+        return latents[list(numbers)]
+
+    how = Contrastive(steps=2, base_sees_caption=False)
+    found = refine.refined(replace(how, after=first), spec, pair, known, [2, 0], similarity)
+    starts = refine.consensus_starts(first, known, [2, 0], similarity)
+    agreed = refine.walk_again(first, spec, pair, starts, [2, 0])
+    unlike = refine.descend(replace(how, base_sees_caption=True), pair, agreed, "a dog")
+    plain = pair.condition
+
+    def without(name, caption):
+        return plain(name, "" if name == "base" else caption)
+
+    pair.condition = without
+    by_hand = refine.descend(replace(how, base_sees_caption=True), pair, agreed, "a dog")
+    np.testing.assert_allclose(found, decode(pair.tuned, by_hand), atol=1e-4)
+    assert (by_hand - unlike).abs().max() > 1e-3
+
+
 @pytest.mark.parametrize("how", WAYS)
 def test_an_image_is_refined_as_if_it_were_alone(model, how):
     spec, pair = generate(model), load_tuned(model)
@@ -214,4 +239,6 @@ def test_what_cannot_begin_in_the_middle_is_refused_at_once(tiny_sd, changes, me
     asked = Generate(Checkpoint(str(tiny_sd), str(tiny_sd), "a dog"), n_generated=6, **({"steps": 4} | changes))
     with pytest.raises(ValueError, match=message):
         Extract(asked, 2, refine=Consensus())
+    with pytest.raises(ValueError, match=message):
+        Extract(asked, 2, refine=Contrastive(after=Consensus()))
     Extract(asked, 2, refine=Contrastive())

@@ -7,7 +7,7 @@ from dataclasses import asdict, fields, replace
 import pytest
 import yaml
 
-from fx import results, settings
+from fx import refine, results, sampling, settings
 from fx.datasets import load_item
 from fx.evaluation import Quality, Reference, Score
 from fx.extraction import Extract
@@ -163,6 +163,41 @@ def test_three_arms_share_everything_but_the_guidance():
         for s in specs
     ]
     assert same[0] == same[1] == same[2] == specs[0].extract
+
+
+@pytest.mark.parametrize(
+    ("evaluations", "share", "number", "steps"),
+    [(500, 0.6, 10, 50), (400, 0.6, 8, 40), (100, 0.5, 2, 8), (505, 0.6, 10, 50)],
+)
+def test_a_refined_extraction_takes_no_more_than_it_may(evaluations, share, number, steps):
+    """Ten sampling steps of two predictions are 20 evaluations, a step of refining 6."""
+    own = settings.load("mini-sd", "sampling_steps=10")["lora"]
+    model = own.fine_tune("style/mimooh")
+    score = own.refined(model, evaluations, share)
+    extract = score.extract
+    assert extract.n_training == 10
+    assert extract.generate == own.generate(model, "finextract", 10 * number)
+    assert extract.refine.steps == steps
+    spent = sampling.evaluations(extract.generate) + refine.evaluations(extract.refine, extract.generate, 10)
+    assert 10 * (evaluations - 20) < spent <= 10 * evaluations
+    assert replace(score, extract=replace(extract, refine=None)) == own.score(
+        model, "finextract", n_generated=10 * number
+    )
+    some = own.refined(model, evaluations, share, n_training=3).extract
+    assert (some.n_training, some.generate.n_generated) == (3, 3 * number)
+
+
+def test_a_refined_extraction_needs_a_step_and_an_image():
+    own = settings.load("mini-sd", "sampling_steps=10")["lora"]
+    model = own.fine_tune("style/mimooh")
+    with pytest.raises(ValueError, match=r"share 1.0 of the evaluations that refine must lie between 0 and 1"):
+        own.refined(model, share=1.0)
+    for too_few, share in ((9, 0.6), (40, 0.6), (50, 0.1)):
+        with pytest.raises(
+            ValueError, match=f"{too_few} evaluations for an image are too few to refine: take"
+        ) as found:
+            own.refined(model, too_few, share)
+        own.refined(model, int(re.search(r"take (\d+) or more", str(found.value))[1]), share)
 
 
 def test_an_extraction_may_be_of_an_unknown_number_and_by_another_rule():
