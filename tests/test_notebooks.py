@@ -17,7 +17,7 @@ import paper_world
 import papermill
 import pytest
 
-from fx import plots, results, tables
+from fx import datasets, plots, results, tables
 from fx.evaluation import Score
 from fx.paths import COMPLETE, NOTEBOOKS, ROOT, SHIPPED_FIGURES, SHIPPED_TABLES
 from fx.reproduce import DEFAULTS, NOT_BY_DEFAULT, find_notebooks, parameters, profiles
@@ -387,6 +387,46 @@ def test_the_complete_run_of_notebook_12_has_the_first_items_of_notebook_03s():
         assert third.get(name) == twelfth.get(name)
     for name in ("artists", "objects"):
         assert 3 <= twelfth[name] <= third[name]
+
+
+@pytest.mark.parametrize("profile", ["quick", "smoke", "mini"])  # paper: the same lists of other numbers
+def test_notebook_14_tries_ideas_on_nothing_that_it_reports(profile, runs, monkeypatch):
+    """Its lists of items, and that what is reported is one of the ideas that were tried."""
+    (path,) = find_notebooks(["14"])
+    asked: dict[str, list] = {}
+
+    def refuse(specs, *_, description, **__):
+        asked[description] = list(specs)
+        raise RuntimeError("nothing is run in this test")
+
+    def nothing(spec):
+        raise RuntimeError("nothing is done in this test")
+
+    monkeypatch.setattr(results, "run", refuse)
+    monkeypatch.setattr(results, "complete", nothing)
+    names: dict = {}
+    for cell in code_cells(path):
+        with contextlib.suppress(RuntimeError, NameError):
+            exec(cell.source, names)
+        if is_parameters(cell):
+            names |= parameters(path, profile, {})
+    pd.reset_option("display")
+    plt.close("all")
+
+    def items(description: str) -> set[str]:
+        models = {spec.extract.generate.model for spec in asked[description]}
+        return {part.item for model in models for part in getattr(model, "model", model).training}
+
+    reported = items("reported")
+    for description in asked.keys() - {"reported"}:
+        assert not items(description) & reported, description
+        for item in items(description):
+            assert item in datasets.names(datasets.kind(item), "development")
+    assert asked.keys() == {"designs", "budgets", "development w'", "reported", "shares"}
+    for item in reported:
+        assert item in datasets.names(datasets.kind(item), "reported")
+    designs = {spec.extract.refine for spec in asked["designs"]}
+    assert {spec.extract.refine for spec in asked["reported"]} <= designs
 
 
 @pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: path.stem)
