@@ -5,6 +5,7 @@ model = chosen["lora"].fine_tune("style/mimooh")
 rows = results.run(chosen["lora"].three_arms(model))                    # direct, CFG and FineXtract, scored
 """
 
+import math
 import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
@@ -23,6 +24,8 @@ from fx.sampling import ARMS, Generate
 from fx.tuned import Tuned
 
 FILE = Path(__file__).with_suffix(".yaml")
+# settings that a table of them leaves out where they have their defaults
+USUAL = ("fidelity_judge", "preset", "rule", "refine_share", "refine_learning_rate")
 
 
 @dataclass(frozen=True)
@@ -31,7 +34,8 @@ class Settings:
 
     base, descriptor, judge: names of the base model, of the copy-detection network and of the network that judges quality
     and is the second to measure AS; fidelity_judge: "" for the same one; images_per_training: N / N0; preset, rule: of
-    Extract; the others are fields of FineTune and Generate, or w' and k of an arm.
+    Extract; refine_share, refine_learning_rate: of a contrastive refinement (`contrast`); the others are fields of FineTune
+    and Generate, or w' and k of an arm.
     """
 
     method: str
@@ -55,6 +59,8 @@ class Settings:
     fidelity_judge: str = ""
     preset: str = "sscd"
     rule: str = "paper"
+    refine_share: float = 0.6  # this and the next: notebook 14, on development items
+    refine_learning_rate: float = 0.1
 
     @property
     def iqa_column(self) -> str:
@@ -119,32 +125,41 @@ class Settings:
         given = {"descriptor": self.descriptor, "preset": self.preset, "rule": self.rule}
         return Extract(generate, n_training, **(given | changes))
 
+    def contrast(self, evaluations: int, share: float | None = None, **changes) -> Contrastive:
+        """The refinement that takes a share of so many evaluations of a network for one image (fx.refine).
+
+        share: None for refine_share; `changes` are other fields of the Contrastive. ValueError for less than a step.
+        """
+        share = self.refine_share if share is None else share
+        if not 0 < share < 1:
+            raise ValueError(f"share {share} of the evaluations that refine must lie between 0 and 1")
+        if (steps := int(evaluations * share / PER_STEP)) < 1:
+            least = math.ceil(PER_STEP / share)
+            raise ValueError(f"{share:g} of {evaluations} evaluations is no step of refining: take {least} or more")
+        return Contrastive(steps=steps, learning_rate=self.refine_learning_rate, **changes)
+
     def refined(
         self,
         model: Tuned,
         evaluations: int = 500,
-        share: float = 0.6,
+        share: float | None = None,
         n_training: int | None = None,
         training: tuple[TrainingItem, ...] = (),
-        learning_rate: float = 0.1,
     ) -> Score:
-        """FineXtract, its extracted images refined by Contrastive (fx.refine), and its scores, for a cost.
+        """FineXtract, its extracted images refined by `contrast`, and its scores, for a cost.
 
-        evaluations: of a network for one image, a backward pass counted as two, for each image to extract; share: of them
-        that refines, the rest generates. Both numbers were chosen on development items (notebook 14). n_training and
-        training as in `score`. ValueError for a cost that does not suffice.
+        evaluations: of a network for one image, a backward pass counted as two, for each image to extract; what does not
+        refine generates. n_training and training as in `score`. ValueError for a cost that does not suffice.
         """
-        if not 0 < share < 1:
-            raise ValueError(f"share {share} of the evaluations that refine must lie between 0 and 1")
-        steps = int(evaluations * share / PER_STEP)
+        how = self.contrast(evaluations, share)
         each = ARMS["finextract"].predictions * self.sampling_steps
-        number = (evaluations - PER_STEP * steps) // each
-        if steps < 1 or number < 1:
-            least = max(round(PER_STEP / share), round(each / (1 - share))) + 1
-            raise ValueError(f"{evaluations} evaluations for an image are too few to refine: take {least} or more")
+        refining = PER_STEP * how.steps
+        if (number := (evaluations - refining) // each) < 1:
+            raise ValueError(
+                f"{evaluations} evaluations less {refining} that refine do not generate an image, which takes {each}"
+            )
         n_training = n_training or sum(item.n_training for item in known_items(training, model))
         plain = self.score(model, "finextract", n_training, number * n_training, training)
-        how = Contrastive(steps=steps, learning_rate=learning_rate)
         return replace(plain, extract=replace(plain.extract, refine=how))
 
     def three_arms(self, model: Tuned, **options) -> list[Score]:
@@ -186,9 +201,7 @@ def load(name: str = "mini-sd", change: str = "") -> dict[str, Settings]:
 
 def table(chosen: Mapping[str, Settings]) -> pd.DataFrame:
     """Settings side by side, a column each; without those that are as they usually are in all of them."""
-    usual = {
-        field.name: field.default for field in fields(Settings) if field.name in ("fidelity_judge", "preset", "rule")
-    }
+    usual = {field.name: field.default for field in fields(Settings) if field.name in USUAL}
     shown = pd.DataFrame({name: vars(own) for name, own in chosen.items()})
     return shown.drop([name for name, value in usual.items() if (shown.loc[name] == value).all()])
 

@@ -13,6 +13,7 @@ from fx.evaluation import Quality, Reference, Score
 from fx.extraction import Extract
 from fx.finetune import METHODS, FineTune, TrainingItem
 from fx.paths import NOTEBOOKS, ROOT
+from fx.refine import Contrastive
 from fx.sampling import Generate
 from fx.settings import Settings
 from fx.tuned import Checkpoint
@@ -43,8 +44,11 @@ ODD = Settings(
     fidelity_judge="another-judge",
     preset="published",
     rule="tightest",
+    refine_share=0.47,
+    refine_learning_rate=0.053,
 )
 USUAL = {"fidelity_judge": "", "preset": "sscd", "rule": "paper"}
+USUAL |= {"refine_share": 0.6, "refine_learning_rate": 0.1}
 
 
 # the file
@@ -187,17 +191,26 @@ def test_a_refined_extraction_takes_no_more_than_it_may(evaluations, share, numb
     assert (some.n_training, some.generate.n_generated) == (3, 3 * number)
 
 
+def test_a_refinement_takes_its_share():
+    own = replace(ODD, refine_share=0.5, refine_learning_rate=0.3)
+    assert own.contrast(126) == Contrastive(steps=10, learning_rate=0.3)
+    changed = own.contrast(126, 0.25, base_sees_caption=False)
+    assert changed == Contrastive(steps=5, learning_rate=0.3, base_sees_caption=False)
+    model = own.fine_tune(ITEM)
+    assert own.refined(model, 126, 0.25).extract.refine == replace(changed, base_sees_caption=True)
+
+
 def test_a_refined_extraction_needs_a_step_and_an_image():
     own = settings.load("mini-sd", "sampling_steps=10")["lora"]
     model = own.fine_tune("style/mimooh")
     with pytest.raises(ValueError, match=r"share 1.0 of the evaluations that refine must lie between 0 and 1"):
         own.refined(model, share=1.0)
-    for too_few, share in ((9, 0.6), (40, 0.6), (50, 0.1)):
-        with pytest.raises(
-            ValueError, match=f"{too_few} evaluations for an image are too few to refine: take"
-        ) as found:
-            own.refined(model, too_few, share)
-        own.refined(model, int(re.search(r"take (\d+) or more", str(found.value))[1]), share)
+    with pytest.raises(ValueError, match=r"0.1 of 59 evaluations is no step of refining: take 60 or more"):
+        own.refined(model, 59, 0.1)
+    assert own.refined(model, 60, 0.1).extract.refine.steps == 1
+    with pytest.raises(ValueError, match="43 evaluations less 24 that refine do not generate an image, which takes 20"):
+        own.refined(model, 43)
+    assert own.refined(model, 44).extract.generate.n_generated == 10
 
 
 def test_an_extraction_may_be_of_an_unknown_number_and_by_another_rule():
@@ -222,7 +235,7 @@ def test_every_setting_reaches_a_spec():
 
     def everything(chosen: Settings):
         tuned = chosen.fine_tune(TrainingItem("style/mimooh", first=3))
-        return [*chosen.three_arms(tuned), chosen.quality(chosen.generate(tuned, "cfg", 3))]
+        return [*chosen.three_arms(tuned), chosen.refined(tuned), chosen.quality(chosen.generate(tuned, "cfg", 3))]
 
     assert everything(ODD)[0].extract.generate.model == model
     other = {"sampler": "ddim", "precision": "float32", "training_precision": "float32"}
