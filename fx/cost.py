@@ -156,9 +156,11 @@ def apart(spec: Cost, place: Path) -> dict:
 
 
 def in_a_process(do: Callable, *given):
-    """What a function returns in a process of its own, where there is fork of one that has only imported its module.
+    """What a function returns in a process of its own.
 
-    Its progress bars are not shown. RuntimeError for whatever goes wrong there.
+    Where there is fork, of one that has only imported, which is kept for the next call: the module of the first function
+    that was asked for; a later one's is imported anew each time. Progress bars are not shown. RuntimeError for whatever goes
+    wrong there.
     """
     context = multiprocessing.get_context(START)
     if START == "forkserver":

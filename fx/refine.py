@@ -8,6 +8,7 @@ again. No training image is seen. What a way costs is counted in evaluations of 
 two; `fx.sampling.evaluations` counts what generation costs.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -55,7 +56,7 @@ class Contrastive:
     """
 
     steps: int = 100
-    learning_rate: float = 0.03
+    learning_rate: float = 0.1
     lowest: float = 0.1
     highest: float = 0.7
     radius: float = 1.0
@@ -72,6 +73,19 @@ class Contrastive:
 
 
 Refinement = Consensus | Contrastive
+
+
+def contrast(evaluations: int, share: float = 0.6, **changes) -> Contrastive:
+    """The refinement that takes a share of so many evaluations of a network for one image.
+
+    `changes` are other fields of the Contrastive. ValueError for less than a step.
+    """
+    if not 0 < share < 1:
+        raise ValueError(f"share {share} of the evaluations that refine must lie between 0 and 1")
+    if (steps := int(evaluations * share / PER_STEP)) < 1:
+        least = math.ceil(PER_STEP / share)
+        raise ValueError(f"{share:g} of {evaluations} evaluations is no step of refining: take {least} or more")
+    return Contrastive(steps=steps, **changes)
 
 
 def check_refinement(how: Refinement, generate: Generate) -> None:

@@ -5,7 +5,6 @@ model = chosen["lora"].fine_tune("style/mimooh")
 rows = results.run(chosen["lora"].three_arms(model))                    # direct, CFG and FineXtract, scored
 """
 
-import math
 import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
@@ -19,13 +18,11 @@ from fx.evaluation import REFERENCES, Quality, Reference, Score, known_items
 from fx.extraction import Extract
 from fx.finetune import METHODS, FineTune, TrainingItem, load_training
 from fx.quality import column
-from fx.refine import PER_STEP, Contrastive
+from fx.refine import PER_STEP, contrast
 from fx.sampling import ARMS, Generate
 from fx.tuned import Tuned
 
 FILE = Path(__file__).with_suffix(".yaml")
-# settings that a table of them leaves out where they have their defaults
-USUAL = ("fidelity_judge", "preset", "rule", "refine_share", "refine_learning_rate")
 
 
 @dataclass(frozen=True)
@@ -34,8 +31,7 @@ class Settings:
 
     base, descriptor, judge: names of the base model, of the copy-detection network and of the network that judges quality
     and is the second to measure AS; fidelity_judge: "" for the same one; images_per_training: N / N0; preset, rule: of
-    Extract; refine_share, refine_learning_rate: of a contrastive refinement (`contrast`); the others are fields of FineTune
-    and Generate, or w' and k of an arm.
+    Extract; the others are fields of FineTune and Generate, or w' and k of an arm.
     """
 
     method: str
@@ -59,8 +55,6 @@ class Settings:
     fidelity_judge: str = ""
     preset: str = "sscd"
     rule: str = "paper"
-    refine_share: float = 0.6  # this and the next: notebook 14, on development items
-    refine_learning_rate: float = 0.1
 
     @property
     def iqa_column(self) -> str:
@@ -125,33 +119,20 @@ class Settings:
         given = {"descriptor": self.descriptor, "preset": self.preset, "rule": self.rule}
         return Extract(generate, n_training, **(given | changes))
 
-    def contrast(self, evaluations: int, share: float | None = None, **changes) -> Contrastive:
-        """The refinement that takes a share of so many evaluations of a network for one image (fx.refine).
-
-        share: None for refine_share; `changes` are other fields of the Contrastive. ValueError for less than a step.
-        """
-        share = self.refine_share if share is None else share
-        if not 0 < share < 1:
-            raise ValueError(f"share {share} of the evaluations that refine must lie between 0 and 1")
-        if (steps := int(evaluations * share / PER_STEP)) < 1:
-            least = math.ceil(PER_STEP / share)
-            raise ValueError(f"{share:g} of {evaluations} evaluations is no step of refining: take {least} or more")
-        return Contrastive(steps=steps, learning_rate=self.refine_learning_rate, **changes)
-
     def refined(
         self,
         model: Tuned,
         evaluations: int = 500,
-        share: float | None = None,
+        share: float = 0.6,
         n_training: int | None = None,
         training: tuple[TrainingItem, ...] = (),
     ) -> Score:
-        """FineXtract, its extracted images refined by `contrast`, and its scores, for a cost.
+        """FineXtract, its extracted images refined by Contrastive (fx.refine), and its scores, for a cost.
 
-        evaluations: of a network for one image, a backward pass counted as two, for each image to extract; what does not
-        refine generates. n_training and training as in `score`. ValueError for a cost that does not suffice.
+        evaluations: of a network for one image, a backward pass counted as two, for each image to extract; share: of them
+        that refines, the rest generates. n_training and training as in `score`. ValueError for a cost that does not suffice.
         """
-        how = self.contrast(evaluations, share)
+        how = contrast(evaluations, share)
         each = ARMS["finextract"].predictions * self.sampling_steps
         refining = PER_STEP * how.steps
         if (number := (evaluations - refining) // each) < 1:
@@ -201,7 +182,9 @@ def load(name: str = "mini-sd", change: str = "") -> dict[str, Settings]:
 
 def table(chosen: Mapping[str, Settings]) -> pd.DataFrame:
     """Settings side by side, a column each; without those that are as they usually are in all of them."""
-    usual = {field.name: field.default for field in fields(Settings) if field.name in USUAL}
+    usual = {
+        field.name: field.default for field in fields(Settings) if field.name in ("fidelity_judge", "preset", "rule")
+    }
     shown = pd.DataFrame({name: vars(own) for name, own in chosen.items()})
     return shown.drop([name for name, value in usual.items() if (shown.loc[name] == value).all()])
 

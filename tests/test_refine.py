@@ -228,6 +228,25 @@ def test_what_cannot_be_meant_is_refused(make, message):
         make()
 
 
+def test_a_contrast_for_a_cost_takes_its_share_in_whole_steps():
+    assert refine.contrast(126, 0.5) == Contrastive(steps=10)
+    assert refine.contrast(126, 0.25, base_sees_caption=False) == Contrastive(steps=5, base_sees_caption=False)
+    assert refine.evaluations(refine.contrast(500), None, 2) == 2 * 0.6 * 500
+
+
+def test_consensus_walks_with_the_captions_own_scale(model):
+    spec = replace(generate(model), arm="caption_first")
+    pair = load_tuned(model)
+    latents = to_latents(pair, from_uint8(generated_pictures(spec)))
+    one, other = (
+        refine.walk_again(Consensus(draws=1), replace(spec, text_scale=scale), pair, latents[:2], [0, 1])
+        for scale in (1.0, 4.0)
+    )
+    plain = refine.walk_again(Consensus(draws=1), replace(spec, arm="conditional_only"), pair, latents[:2], [0, 1])
+    np.testing.assert_allclose(one, plain, atol=1e-4)
+    assert (one - other).abs().max() > 1e-2
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

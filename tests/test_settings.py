@@ -13,7 +13,6 @@ from fx.evaluation import Quality, Reference, Score
 from fx.extraction import Extract
 from fx.finetune import METHODS, FineTune, TrainingItem
 from fx.paths import NOTEBOOKS, ROOT
-from fx.refine import Contrastive
 from fx.sampling import Generate
 from fx.settings import Settings
 from fx.tuned import Checkpoint
@@ -44,11 +43,8 @@ ODD = Settings(
     fidelity_judge="another-judge",
     preset="published",
     rule="tightest",
-    refine_share=0.47,
-    refine_learning_rate=0.053,
 )
 USUAL = {"fidelity_judge": "", "preset": "sscd", "rule": "paper"}
-USUAL |= {"refine_share": 0.6, "refine_learning_rate": 0.1}
 
 
 # the file
@@ -181,7 +177,7 @@ def test_a_refined_extraction_takes_no_more_than_it_may(evaluations, share, numb
     extract = score.extract
     assert extract.n_training == 10
     assert extract.generate == own.generate(model, "finextract", 10 * number)
-    assert extract.refine.steps == steps
+    assert extract.refine == refine.contrast(evaluations, share) == refine.Contrastive(steps=steps)
     spent = sampling.evaluations(extract.generate) + refine.evaluations(extract.refine, extract.generate, 10)
     assert 10 * (evaluations - 20) < spent <= 10 * evaluations
     assert replace(score, extract=replace(extract, refine=None)) == own.score(
@@ -189,15 +185,6 @@ def test_a_refined_extraction_takes_no_more_than_it_may(evaluations, share, numb
     )
     some = own.refined(model, evaluations, share, n_training=3).extract
     assert (some.n_training, some.generate.n_generated) == (3, 3 * number)
-
-
-def test_a_refinement_takes_its_share():
-    own = replace(ODD, refine_share=0.5, refine_learning_rate=0.3)
-    assert own.contrast(126) == Contrastive(steps=10, learning_rate=0.3)
-    changed = own.contrast(126, 0.25, base_sees_caption=False)
-    assert changed == Contrastive(steps=5, learning_rate=0.3, base_sees_caption=False)
-    model = own.fine_tune(ITEM)
-    assert own.refined(model, 126, 0.25).extract.refine == replace(changed, base_sees_caption=True)
 
 
 def test_a_refined_extraction_needs_a_step_and_an_image():
@@ -235,7 +222,7 @@ def test_every_setting_reaches_a_spec():
 
     def everything(chosen: Settings):
         tuned = chosen.fine_tune(TrainingItem("style/mimooh", first=3))
-        return [*chosen.three_arms(tuned), chosen.refined(tuned), chosen.quality(chosen.generate(tuned, "cfg", 3))]
+        return [*chosen.three_arms(tuned), chosen.quality(chosen.generate(tuned, "cfg", 3))]
 
     assert everything(ODD)[0].extract.generate.model == model
     other = {"sampler": "ddim", "precision": "float32", "training_precision": "float32"}
