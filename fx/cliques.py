@@ -11,7 +11,7 @@ of the images.
 
 import operator
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from scipy.stats import norm
@@ -99,6 +99,27 @@ def extract(
     centres = [group[0] if rule == "peaks" else _centre(weights, group) for group in groups]
     groups = [tuple(sorted(group)) for group in groups]
     return Extraction(tuple(groups), tuple(centres), phi / MILLION, rule, tuple(proven), n_unproven)
+
+
+def without_copies(extraction: Extraction, similarity: np.ndarray, n_training: int, strict: float) -> Extraction:
+    """The first n_training of an extraction, in its order, where centres that are copies of one already kept come last.
+
+    A centre is a copy of another where their similarity is at least `strict`, the similarity of copies (beyond the paper:
+    a training image whose cliques are two would be extracted twice). Copies are kept only where the others do not suffice.
+    ValueError for fewer cliques than n_training.
+    """
+    n_training = _whole(n_training, "n_training", 1, extraction.n_extracted)
+    alike = _millionths(similarity)[np.ix_(extraction.centres, extraction.centres)] >= _phi(strict)
+    kept: list[int] = []
+    for number in range(extraction.n_extracted):
+        if not alike[number, kept].any():
+            kept.append(number)
+    kept += sorted({*range(extraction.n_extracted)} - {*kept})
+    cliques, centres, proven = (
+        tuple(of[number] for number in kept[:n_training])
+        for of in (extraction.cliques, extraction.centres, extraction.proven)
+    )
+    return replace(extraction, cliques=cliques, centres=centres, proven=proven)
 
 
 def largest_cliques(

@@ -10,12 +10,14 @@ import numpy as np
 import pandas as pd
 import pytest
 import tiny
+from browser import browse, complaints, needs_browser, overhang, printed_pages, requests_of_the_page
 from PIL import Image
 
 from fx import audit, results, verdict
 from fx.audit import Audit, Findings, evidence, investigate, sentence, usable, write_report
 from fx.finetune import FineTune, TrainingItem
 from fx.leads import Leads
+from fx.paths import ROOT
 from fx.publishing import Published, published
 
 
@@ -252,6 +254,59 @@ def test_a_report_without_suspects_or_controls_has_no_p_values(asked, tmp_path):
         assert sentence(found) in page.text
         assert "p = " not in page.text
         assert "svg" not in {tag for tag, _ in page.tags}
+
+
+@pytest.fixture
+def report(asked, folders, tmp_path) -> Path:
+    """A page with everything that it can hold, and with names that nobody would choose."""
+    long = "Ärger_" + "x" * 90 + ".png"
+    for name in ("<img src=x onerror=alert(1)> & é.png", long):
+        Image.fromarray(tiny.pictures(1, len(name))[0]).save(Path(folders[0]) / name)
+    (Path(folders[0]) / ("broken" * 15 + ".png")).write_bytes(b"x")
+    found = investigate(replace(asked, caption="</td><script>"))
+    return write_report(found, tmp_path / "report.html")
+
+
+@needs_browser
+def test_a_browser_shows_the_report_without_errors_or_requests_at_any_width_and_prints_it(report, tmp_path):
+    log = tmp_path / "net.json"
+    dom, console = browse(report.as_uri(), f"--log-net-log={log}", tmp_path=tmp_path)
+    assert "Was this model trained on these images?" in dom
+    assert not complaints(console)
+    assert not requests_of_the_page(log)
+    for width in (390, 1440):
+        assert overhang(report.read_text("utf-8"), width, tmp_path) <= 0, width
+    assert printed_pages(report.as_uri(), tmp_path) >= 2
+
+
+@needs_browser
+def test_a_page_that_is_too_wide_is_noticed(tmp_path):
+    assert overhang('<body style="margin:0"><div style="width:500px">a</div>', 390, tmp_path) == 110
+
+
+def luminance(colour: str) -> float:
+    """Relative luminance of "#rgb" or "#rrggbb" (WCAG 2.1)."""
+    digits = colour.lstrip("#")
+    digits = digits if len(digits) == 6 else "".join(2 * digit for digit in digits)
+    values = np.array([int(digits[i : i + 2], 16) / 255 for i in (0, 2, 4)])
+    linear = np.where(values <= 0.04045, values / 12.92, ((values + 0.055) / 1.055) ** 2.4)
+    return float(linear @ [0.2126, 0.7152, 0.0722])
+
+
+def contrast(one: str, other: str) -> float:
+    low, high = sorted((luminance(one), luminance(other)))
+    return (high + 0.05) / (low + 0.05)
+
+
+def test_the_report_s_colours_can_be_told_from_what_is_behind_them():
+    assert contrast("#000", "#ffffff") == pytest.approx(21)
+    text = (ROOT / "fx/audit.html.jinja").read_text()
+    body = re.search(r"body \{[^}]* color: (#\w+); background: (#\w+)", text)
+    behind = re.search(r"\.answer \{[^}]* background: (#\w+)", text)[1]
+    assert min(contrast(body[1], body[2]), contrast(body[1], behind)) >= 7
+    marks = re.findall(r'(?:stroke|fill)="(#\w+)"', text) + re.findall(r"border-color: (#\w+)", text)
+    assert marks
+    assert min(contrast(mark, ground) for mark in marks for ground in (body[2], behind)) >= 3
 
 
 # the command

@@ -13,7 +13,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fx import clique_search, cliques
-from fx.cliques import RULES, count_maximal_cliques, estimate_n_training, extract, largest_cliques
+from fx.cliques import (
+    RULES,
+    Extraction,
+    count_maximal_cliques,
+    estimate_n_training,
+    extract,
+    largest_cliques,
+    without_copies,
+)
 
 
 def partition(similarity, threshold, **options):
@@ -547,3 +555,51 @@ def test_sets_that_fill_their_last_word_or_just_pass_it(n):
 def test_what_cannot_be_clustered_is_refused_with_the_reason(similarity, n_training, rule, message):
     with pytest.raises(ValueError, match=message):
         extract(similarity, n_training, rule)
+
+
+# without copies
+
+
+def of_single_images(n: int) -> Extraction:
+    """Each of n images extracted by itself, in order."""
+    return Extraction(tuple((i,) for i in range(n)), tuple(range(n)), 0.5, "paper", (True,) * n, 0)
+
+
+def test_copies_of_what_was_kept_come_last_and_in_order():
+    similarity = np.eye(5)
+    similarity[0, 1] = similarity[1, 0] = 0.7  # a copy: the threshold itself is one
+    similarity[1, 2] = similarity[2, 1] = 0.9  # a copy of one that is not kept is none
+    similarity[3, 0] = similarity[0, 3] = 0.699
+    similarity[4, 3] = similarity[3, 4] = 0.8
+    orders = {n: without_copies(of_single_images(5), similarity, n, 0.7).centres for n in range(1, 6)}
+    assert orders == {1: (0,), 2: (0, 2), 3: (0, 2, 3), 4: (0, 2, 3, 1), 5: (0, 2, 3, 1, 4)}
+
+
+@given(small_similarities(), st.integers(1, 10), st.integers(0, 10), st.sampled_from(RULES))
+def test_what_is_kept_holds_no_copies_as_long_as_there_is_anything_else(similarity, wanted, strict, rule):
+    n, strict = len(similarity), strict / 10
+    if n < 2:
+        return
+    found = extract(similarity, min(2 * wanted, n), rule)
+    wanted = min(wanted, found.n_extracted)
+    kept = without_copies(found, similarity, wanted, strict)
+    places = [found.centres.index(centre) for centre in kept.centres]
+    assert kept.n_extracted == len({*places}) == wanted
+    assert kept.cliques == tuple(found.cliques[place] for place in places)
+    assert kept.proven == tuple(found.proven[place] for place in places)
+    assert (kept.threshold, kept.rule, kept.n_unproven) == (found.threshold, found.rule, found.n_unproven)
+
+    def is_copy(place, of):
+        return any(similarity[found.centres[place], found.centres[other]] >= strict - 1e-9 for other in of)
+
+    apart = [place for number, place in enumerate(places) if not is_copy(place, places[:number])]
+    copies = [place for place in places if place not in apart]
+    assert places == sorted(apart) + sorted(copies)
+    for place in {*range(found.n_extracted)} - {*places}:
+        before = [other for other in apart if other < place]
+        assert is_copy(place, before) or (len(apart) == wanted and place > apart[-1])
+
+
+def test_more_images_than_were_extracted_are_refused():
+    with pytest.raises(ValueError, match="n_training"):
+        without_copies(of_single_images(3), np.eye(3), 4, 0.7)

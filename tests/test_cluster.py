@@ -63,6 +63,7 @@ def test_a_run_moved_to_a_cluster_that_loses_a_worker_ends_the_same(tiny_sd, pic
     monkeypatch.setattr(results, "RUNS", shared := tmp_path / "shared")
     monkeypatch.setenv("FX_RUNS", str(shared))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.delenv("MALLOC_TRIM_THRESHOLD_", raising=False)
     before = kill_in_the_middle(shared, tiny_sd, picture_folder)
     images = len(list(shared.glob("scratch/*/*.png")))
     killed = []
@@ -78,6 +79,7 @@ def test_a_run_moved_to_a_cluster_that_loses_a_worker_ends_the_same(tiny_sd, pic
     try:
         client = results._connected["client"]
         workers = client.run(os.getpid).values()
+        trimming = client.run(os.environ.get, "MALLOC_TRIM_THRESHOLD_").values()
         assassin = threading.Thread(target=kill_one, args=(list(workers),), daemon=True)
         assassin.start()
         there = results.run(asked)
@@ -85,6 +87,7 @@ def test_a_run_moved_to_a_cluster_that_loses_a_worker_ends_the_same(tiny_sd, pic
     finally:
         results.connect("")
     assert len(workers) == 3
+    assert set(trimming) == {None}, "set, it keeps the allocator from learning"
     assert client.status == "closed"
     assert not [pid for pid in workers if psutil.pid_exists(pid)]  # the processes end with it
     assert killed

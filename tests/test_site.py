@@ -4,8 +4,6 @@ import ast
 import json
 import os
 import re
-import shutil
-import subprocess
 import sys
 from html.parser import HTMLParser
 from itertools import combinations, pairwise
@@ -14,6 +12,7 @@ from urllib.parse import unquote, urldefrag
 
 import pandas as pd
 import pytest
+from browser import browse, complaints, needs_browser, requests_of_the_page
 from docutils.core import publish_parts
 from filelock import FileLock
 
@@ -25,7 +24,6 @@ sys.path.insert(0, str(ROOT / "docs"))
 import docstrings
 
 TABLES = SHIPPED_TABLES / COMPLETE
-BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 MAIN_PAGES = ("index", "results", "play", "notebooks/03-extraction", "auditors")
 
 
@@ -240,28 +238,6 @@ def test_mathjax_comes_with_the_site(pages, built):
     assert all((built / urldefrag(load)[0].partition("?")[0]).is_file() for load in own)
 
 
-def browse(address: str, *options: str, tmp_path: Path) -> tuple[str, str]:
-    """The page as a headless browser has it after its scripts ran, and what the browser wrote to its console."""
-    command = [BROWSER, "--headless=new", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=8000"]
-    command += [f"--user-data-dir={tmp_path / 'profile'}", "--enable-logging=stderr", *options, "--dump-dom", address]
-    found = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    return found.stdout, found.stderr
-
-
-def requests_of_the_page(log: Path) -> set[str]:
-    """The addresses that a page asked for, by the browser's log; what the browser asks for itself has no origin."""
-    lines = (line.strip().rstrip(",") for line in log.read_text(errors="replace").splitlines())
-    found = [json.loads(line).get("params", {}) for line in lines if re.match(r'\{.*"source":.*\}$', line)]
-    assert found
-    own = (None, "not an origin")
-    return {p["url"] for p in found if str(p.get("url")).startswith("http") and p.get("initiator") not in own}
-
-
-needs_browser = pytest.mark.skipif(
-    BROWSER is None, reason="no Chromium on this machine: what scripts do was not looked at"
-)
-
-
 @needs_browser
 @pytest.mark.long
 @pytest.mark.parametrize("page", MAIN_PAGES)
@@ -271,7 +247,7 @@ def test_a_browser_shows_a_page_without_errors_and_without_a_request(built, tmp_
     address = (built / f"{page}.html").as_uri()
     dom, console = browse(address, f"--window-size={width},900", f"--log-net-log={log}", tmp_path=tmp_path)
     assert "<h1" in dom
-    assert not [line for line in console.splitlines() if "CONSOLE" in line and ("rror" in line or "Refused" in line)]
+    assert not complaints(console)
     asked = requests_of_the_page(log)
     assert not asked
 

@@ -1,0 +1,58 @@
+"""A page in a headless Chromium: what it shows, complains of and asks for, how wide it is, on how many sheets it prints."""
+
+import html
+import json
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+needs_browser = pytest.mark.skipif(
+    BROWSER is None, reason="no Chromium on this machine: what a browser makes of a page was not looked at"
+)
+
+
+def run(address: str, *options: str, tmp_path: Path) -> subprocess.CompletedProcess:
+    command = [BROWSER, "--headless=new", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=8000"]
+    command += [f"--user-data-dir={tmp_path / 'profile'}", "--enable-logging=stderr", *options, address]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+
+
+def browse(address: str, *options: str, tmp_path: Path) -> tuple[str, str]:
+    """The page as a headless browser has it after its scripts ran, and what the browser wrote to its console."""
+    found = run(address, *options, "--dump-dom", tmp_path=tmp_path)
+    return found.stdout, found.stderr
+
+
+def complaints(console: str) -> list[str]:
+    """The lines of a console that speak of an error or of something refused."""
+    return [line for line in console.splitlines() if "CONSOLE" in line and ("rror" in line or "Refused" in line)]
+
+
+def requests_of_the_page(log: Path) -> set[str]:
+    """The addresses that a page asked for, by the browser's log; what the browser asks for itself has no origin."""
+    lines = (line.strip().rstrip(",") for line in log.read_text(errors="replace").splitlines())
+    found = [json.loads(line).get("params", {}) for line in lines if re.match(r'\{.*"source":.*\}$', line)]
+    assert found
+    own = (None, "not an origin")
+    return {p["url"] for p in found if str(p.get("url")).startswith("http") and p.get("initiator") not in own}
+
+
+def overhang(page: str, width: int, tmp_path: Path) -> int:
+    """By how many pixels the text of a page, which loads nothing, is wider than a window of this width."""
+    frame = f'<iframe id="f" style="border:0;width:{width}px;height:900px" srcdoc="{html.escape(page)}"></iframe>'
+    measure = "document.title = document.getElementById('f').contentDocument.documentElement.scrollWidth"
+    outer = tmp_path / "frame.html"
+    outer.write_text(f"<title></title>{frame}<script>onload = () => {{ {measure} }}</script>", "utf-8")
+    dom, _ = browse(outer.as_uri(), "--window-size=1600,1000", tmp_path=tmp_path)
+    return int(re.search(r"<title>(\d+)</title>", dom)[1]) - width
+
+
+def printed_pages(address: str, tmp_path: Path) -> int:
+    """How many sheets the page is printed on."""
+    target = tmp_path / "page.pdf"
+    run(address, f"--print-to-pdf={target}", tmp_path=tmp_path)
+    return len(re.findall(rb"/Type\s*/Page\b", target.read_bytes()))
