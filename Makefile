@@ -1,6 +1,6 @@
 # make             set up the environment, then the extraction demo: one artist, three arms, a picture and the scores
 # make test        set up the environment, then the tests, two side by side (more: make test WORKERS=8)
-# make reproduce   set up the environment, then every notebook, by papermill
+# make reproduce   set up the environment, then every notebook but 00, by papermill
 # make setup       set up the environment and nothing else
 # make lab         set up the environment, then JupyterLab on the notebooks
 # make site        set up the environment, then the site, in runs/site

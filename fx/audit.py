@@ -12,12 +12,15 @@ What an answer means is in docs/auditors.md: evidence with stated error rates, n
 
 import argparse
 import base64
+import builtins
 import hashlib
 import io
 import json
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from decimal import ROUND_CEILING, Decimal
 from pathlib import Path
 
 import numpy as np
@@ -38,6 +41,7 @@ from fx.witnesses import Contrast, Recovery, Resemblance, scores
 
 NOTEBOOK = NOTEBOOKS / "13-audit.ipynb"
 TEMPLATE = Path(__file__).with_suffix(".html.jinja")
+LARGEST = 256  # pixels of a side of a picture in the report, which is shown at less
 STRONG, SOME = 0.01, 0.05  # p-values of the whole set
 RATE = 0.05  # the share of wrong names among those named
 WITNESSES = {
@@ -87,7 +91,8 @@ class Findings:
 
     images: a row per suspect: file, each witness's score and p-value, `p`, and whether it is `named`; p: of the whole set,
     None without controls; auc: of each witness, suspects over controls. extracted: a row per extracted image: its number,
-    its clique's size, the mean similarity in it; left_out: a line for each image that could not be used.
+    its clique's size, the mean similarity in it; n_training_by: who says how many there are; left_out: a line for each image
+    that could not be used.
     """
 
     asked: Audit
@@ -101,6 +106,7 @@ class Findings:
     p: float | None = None
     auc: dict[str, float] = field(default_factory=dict)
     nearest: np.ndarray | None = None
+    n_training_by: str = ""
     left_out: list[str] = field(default_factory=list)
     hashes: dict[str, str] = field(default_factory=dict)
 
@@ -113,12 +119,15 @@ def usable(folder: str) -> tuple[list[Path], list[str]]:
 
     Two files with the same pixels count once. FileNotFoundError for no folder, ValueError if nothing in it can be used.
     """
-    place = Path(folder).expanduser()
+    place = expanded(folder)
     if not place.is_dir():
         raise FileNotFoundError(f"no folder {folder}: name one that holds images")
     found, lines, seen = [], [], {}
-    for path in sorted(path for path in place.iterdir() if path.is_file() and not path.name.startswith(".")):
-        if reason := datasets.unusable(path):
+    for path in sorted(path for path in place.iterdir() if not path.name.startswith(".")):
+        if path.is_dir():
+            if any(file.suffix.lower() in datasets.SUFFIXES for file in path.rglob("*")):
+                lines.append(f"{path.name}/ is left out: images in folders of the folder are not looked at")
+        elif reason := datasets.unusable(path):
             lines.append(f"{path.name} is left out: it {reason}")
         elif path.suffix.lower() in datasets.SUFFIXES:
             try:
@@ -167,33 +176,38 @@ def investigate(asked: Audit) -> Findings:
     """
     suspects, controls, lines = suspects_and_controls(asked) if asked.suspects else ([], [], [])
     chosen = settings.load(asked.settings, asked.change)
-    known = gathered(Lookup(asked.checkpoint, asked.bases, guess=""))
+    known = gathered(Lookup(asked.checkpoint, asked.bases, guess=asked.caption or ""))
     own = chosen[known.method]
     model = Checkpoint(asked.checkpoint, known.base, known.caption if asked.caption is None else asked.caption)
-    extract, null, n_training = extractions(asked, own, model, known)
-    found = Findings(asked, known, n_training, *_extracted(extract), left_out=lines)
+    extract, null, n_training, by = extractions(asked, own, model, known)
+    found = Findings(asked, known, n_training, *_extracted(extract), n_training_by=by, left_out=lines)
     found.of_the_base = generated_pictures(null.generate, found.extracted.image.tolist())
     if suspects:
         _compare(found, own, model, extract, null, suspects, controls)
     found.hashes = {"checkpoint": results.sha256_of(checkpoints.find(asked.checkpoint))}
     found.hashes |= {"base model": results.sha256_of(model_folder(known.base))}
     found.hashes |= {path.name: results.sha256_of(path) for path in suspects}
+    found.hashes |= {f"control {path.name}": results.sha256_of(path) for path in controls}
     return found
 
 
-def extractions(asked: Audit, own: Settings, model: Checkpoint, known: Leads) -> tuple[Extract, Extract, int]:
-    """The extraction from the model, the same from its base alone and from the same latents, and N0."""
+def extractions(asked: Audit, own: Settings, model: Checkpoint, known: Leads) -> tuple[Extract, Extract, int, str]:
+    """The extraction from the model, the same from its base alone and from the same latents, N0, and who says so."""
     arm = "finextract" if model.caption else "model_guidance"
     generate = own.generate(model, arm, asked.n_generated, caption=model.caption)
-    n_training = asked.n_training or known.n_training or 0
-    if not 1 <= n_training <= asked.n_generated:
+    n_training, by = asked.n_training, "whoever asked"
+    if not n_training and known.n_training is not None and 1 <= known.n_training <= asked.n_generated:
+        n_training, by = known.n_training, known.n_training_by
+    elif not n_training:
         row = results.run([own.extract(generate, None)], description="how many").iloc[0]
-        n_training = max(1, int(row.n_estimated))
+        n_training, by = max(1, int(row.n_estimated)), "an estimate"
+        if known.n_training is not None:
+            by += f" (its header says {known.n_training}, {asked.n_generated} images were generated)"
     base = Checkpoint(str(model_folder(known.base)), known.base, model.caption)
     plain = own.generate(base, "direct", asked.n_generated, caption=model.caption)
     specs = [own.extract(generate, n_training), own.extract(plain, n_training)]
     results.run(specs, description="extraction")
-    return *specs, n_training
+    return *specs, n_training, by
 
 
 def _extracted(extract: Extract) -> tuple[pd.DataFrame, np.ndarray, np.ndarray]:
@@ -246,8 +260,8 @@ def weigh(found: Findings) -> None:
         found.images[f"p ({name})"] = verdict.p_values(ours[:, column], theirs[:, column])
         found.auc[name] = verdict.auc(ours[:, column], theirs[:, column])
     found.images["p"] = verdict.combined(ours, theirs)
-    found.images["named"] = verdict.discoveries(found.images.p.to_numpy(), RATE)
     found.p = verdict.of_the_set(ours, theirs)
+    found.images["named"] = (found.p <= SOME) & verdict.discoveries(found.images.p.to_numpy(), RATE)
 
 
 # what it says
@@ -276,8 +290,8 @@ def sentence(found: Findings) -> str:
         )
     kind = {"strong": "There is strong evidence", "some": "There is some evidence", "none": "No evidence was found"}
     answer = (
-        f"{kind[evidence(found)]} that the model was trained on some of the {n} images (p = {in_figures(found.p)}: a set "
-        f"that it was not trained on gives a value as low in at most {in_figures(100 * found.p)}% of cases). "
+        f"{kind[evidence(found)]} that the model was trained on some of the {n} images (p = {rounded_up(found.p)}: a set "
+        f"that it was not trained on gives a value as low in at most {rounded_up(100 * found.p)}% of cases). "
     )
     named = int(found.images.named.sum())
     if evidence(found) == "none":
@@ -298,9 +312,18 @@ def in_figures(value: float) -> str:
     return np.format_float_positional(value, precision=2, fractional=False, trim="-")
 
 
+def rounded_up(value: float) -> str:
+    """The same, never below the number: of a rate that something is to be at most."""
+    exact = Decimal(f"{value:.12g}")
+    unit = Decimal(1).scaleb(exact.adjusted() - 1)
+    return in_figures(float(exact.quantize(unit, ROUND_CEILING))) if exact else "0"
+
+
 def as_png(picture: np.ndarray) -> str:
-    """A picture uint8 [h, w, 3] as a data URL."""
-    Image.fromarray(picture).save(file := io.BytesIO(), "PNG")
+    """A picture uint8 [h, w, 3] as a data URL, no side longer than LARGEST."""
+    image = Image.fromarray(picture)
+    image.thumbnail((LARGEST, LARGEST))
+    image.save(file := io.BytesIO(), "PNG")
     return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
 
 
@@ -308,7 +331,8 @@ def write_report(found: Findings, path: str | Path) -> Path:
     """The report as one HTML page with its pictures inside, which asks nothing of the network."""
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     template = environment.from_string(TEMPLATE.read_text("utf-8"))
-    Path(path).write_text(template.render(contents(found)), encoding="utf-8")
+    page = template.render(contents(found))
+    Path(path).write_text(page, encoding="utf-8", errors="replace")  # a file's name may be no text
     return Path(path)
 
 
@@ -333,6 +357,7 @@ def contents(found: Findings, most: int = 24) -> Mapping[str, object]:
         "known": found.known,
         "asked": found.asked,
         "n_training": found.n_training,
+        "n_training_by": found.n_training_by,
         "witnesses": WITNESSES,
         "suspects": order,
         "n_controls": len(found.controls),
@@ -361,12 +386,6 @@ def strip(found: Findings, witness: str, width: int = 560) -> dict[str, list[flo
 
 # the command
 
-EXPECTED = (
-    "ValueError",
-    "FileNotFoundError",
-    "PermissionError",
-    "OSError",
-)  # of a notebook: wrong input, said in one line
 FOUND = 10  # the exit code where there is evidence
 
 
@@ -376,7 +395,13 @@ def arguments(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "checkpoint", nargs="?", default="", help="a file, a folder or a Hub id; without it: an example"
     )
-    parser.add_argument("--base", nargs="+", default=["mini-sd"], metavar="MODEL", help="base models to choose from")
+    parser.add_argument(
+        "--base",
+        nargs="+",
+        default=["mini-sd"],
+        metavar="MODEL",
+        help="base models to choose from (default mini-sd, this repository's small model of drawings)",
+    )
     parser.add_argument("--caption", help='what it was trained with; "" for none; without: what the checkpoint says')
     parser.add_argument("--suspects", default="", metavar="FOLDER", help="images that it may have been trained on")
     parser.add_argument(
@@ -385,8 +410,16 @@ def arguments(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--n-training", type=int, default=0, metavar="N0", help="training images, if you know how many")
     parser.add_argument("--images", type=int, default=60, metavar="N", help="images to generate (default 60)")
     parser.add_argument("--recovery-steps", type=int, default=40, help="of CGI-DM (default 40; its authors: 1,000)")
-    parser.add_argument("--settings", default="mini-sd", help="a section of fx/settings.yaml (default mini-sd)")
-    parser.add_argument("--change", default="", help="settings to change: 'sampling_steps=25 precision=bfloat16'")
+    parser.add_argument(
+        "--settings",
+        default="mini-sd",
+        help="a section of fx/settings.yaml (default mini-sd, for small models; for real ones paper, paper-sdxl, paper-alt)",
+    )
+    parser.add_argument(
+        "--change",
+        default="",
+        help="settings to change: 'sampling_steps=25 precision=bfloat16' (of sampling: witnesses compute in float32)",
+    )
     parser.add_argument(
         "--report", default="audit.html", metavar="FILE", help="where the report goes (default audit.html)"
     )
@@ -397,10 +430,10 @@ def main(words: list[str] | None = None) -> int:
     """Run notebook 13 on what was named; 0, or FOUND where there is evidence that images were trained on."""
     given = arguments(words)
     check(given)
-    report = Path(given.report).expanduser().absolute()
+    report = expanded(given.report).absolute()
     values = {
         "checkpoint": str(absolute(given.checkpoint)),
-        "bases": " ".join(str(absolute(base)) for base in given.base),
+        "bases": shlex.join(str(absolute(base)) for base in given.base),
         "caption": "?" if given.caption is None else given.caption,
         "suspects": str(absolute(given.suspects)),
         "controls": str(absolute(given.controls)),
@@ -418,7 +451,8 @@ def main(words: list[str] | None = None) -> int:
                 NOTEBOOK, executed, values, cwd=str(NOTEBOOKS), log_output=False, **kernel.OPTIONS
             )
     except papermill.exceptions.PapermillExecutionError as error:
-        if error.ename in EXPECTED:
+        known = vars(builtins) | {"JSONDecodeError": json.JSONDecodeError}
+        if issubclass(known.get(error.ename, object), (ValueError, OSError)):  # wrong input, said in one line
             raise ValueError(error.evalue) from None
         raise
     answer = json.loads(report.with_suffix(".json").read_text("utf-8"))
@@ -428,6 +462,7 @@ def main(words: list[str] | None = None) -> int:
 
 def check(given: argparse.Namespace) -> None:
     """What can be said against the input before anything is loaded: ValueError or FileNotFoundError."""
+    check_report(given.report)
     settings.load(given.settings, given.change)
     for base in given.base:
         model_folder(base)
@@ -450,13 +485,32 @@ def check(given: argparse.Namespace) -> None:
     checkpoints.kind_of(checkpoints.find(asked.checkpoint))
     if asked.suspects:
         suspects_and_controls(asked)
-    if not Path(given.report).expanduser().absolute().parent.is_dir():
-        raise FileNotFoundError(f"no folder {Path(given.report).parent} for the report: make it first")
+
+
+def check_report(name: str) -> None:
+    """ValueError or FileNotFoundError for a report that could not be written, or would take another's place."""
+    path = expanded(name).absolute()
+    if path.suffix != ".html":
+        raise ValueError(
+            f"--report {name} must end in .html: the notebook and the answer for scripts are written beside it"
+        )
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"no folder {expanded(name).parent} for the report: make it first")
+    if path.exists():
+        raise ValueError(f"{name} is there already and is not overwritten: move it, or name another by --report")
+
+
+def expanded(name: str) -> Path:
+    """A path with the home folder for ~; a name as it stands where there is no such home."""
+    try:
+        return Path(name).expanduser()
+    except RuntimeError:
+        return Path(name)
 
 
 def absolute(name: str) -> str | Path:
     """A path as it is from anywhere; what is no path, a Hub id or a shipped name, as it stands."""
-    path = Path(name).expanduser()
+    path = expanded(name)
     return path.absolute() if name and path.exists() else name
 
 

@@ -101,6 +101,43 @@ def extract(
     return Extraction(tuple(groups), tuple(centres), phi / MILLION, rule, tuple(proven), n_unproven)
 
 
+def extract_distinct(
+    similarity: np.ndarray,
+    n_training: int,
+    strict: float,
+    rule: str = "paper",
+    threshold: float | None = None,
+    budget: int = BUDGET,
+) -> Extraction:
+    """As `extract`, but where centres are copies of one another, further cliques are asked for in their place.
+
+    As many more as copies were found, up to 2 N0 in all; of these attempts the one with the most centres that are no copies
+    is taken, by `without_copies`. An extraction without copies is that of `extract`. strict: the similarity of copies.
+    """
+    wanted, best = n_training, None
+    most = min(2 * n_training, len(similarity))
+    while True:
+        found = extract(similarity, wanted, rule, threshold, budget)
+        apart = min(len(_apart(found, similarity, strict)), n_training)
+        if best is None or apart > best[0]:
+            best = apart, found
+        if apart == n_training or found.n_extracted < wanted or wanted == most:
+            break
+        wanted = min(wanted + n_training - apart, most)
+    _, found = best
+    return without_copies(found, similarity, min(n_training, found.n_extracted), strict)
+
+
+def _apart(extraction: Extraction, similarity: np.ndarray, strict: float) -> list[int]:
+    """The places of the centres that are no copies of one before them that is none either."""
+    alike = _millionths(similarity)[np.ix_(extraction.centres, extraction.centres)] >= _phi(strict)
+    kept: list[int] = []
+    for number in range(extraction.n_extracted):
+        if not alike[number, kept].any():
+            kept.append(number)
+    return kept
+
+
 def without_copies(extraction: Extraction, similarity: np.ndarray, n_training: int, strict: float) -> Extraction:
     """The first n_training of an extraction, in its order, where centres that are copies of one already kept come last.
 
@@ -109,11 +146,7 @@ def without_copies(extraction: Extraction, similarity: np.ndarray, n_training: i
     ValueError for fewer cliques than n_training.
     """
     n_training = _whole(n_training, "n_training", 1, extraction.n_extracted)
-    alike = _millionths(similarity)[np.ix_(extraction.centres, extraction.centres)] >= _phi(strict)
-    kept: list[int] = []
-    for number in range(extraction.n_extracted):
-        if not alike[number, kept].any():
-            kept.append(number)
+    kept = _apart(extraction, similarity, strict)
     kept += sorted({*range(extraction.n_extracted)} - {*kept})
     cliques, centres, proven = (
         tuple(of[number] for number in kept[:n_training])

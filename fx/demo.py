@@ -8,6 +8,8 @@ A typical artist and a typical object of the shipped sets, one of them by LoRA i
 """
 
 import argparse
+import hashlib
+import shlex
 from pathlib import Path
 
 from fx import command, plots, results, settings, tables
@@ -48,6 +50,12 @@ def arguments(words: list[str] | None = None) -> argparse.Namespace:
     options = parser.parse_args(words)
     if options.images < 1 or options.seed < 0:
         parser.error(f"--images {options.images} must be at least 1, --seed {options.seed} at least 0")
+    try:
+        words = shlex.split(options.change)
+    except ValueError as error:
+        parser.error(f"--change {options.change!r}: {error}")
+    if own := {word.partition("=")[0].rpartition(".")[2] for word in words} & {"images_per_training", "seed"}:
+        parser.error(f"--change cannot set {' and '.join(sorted(own))}: use --images and --seed")
     if options.caption and len(options.items) != 1:
         parser.error(f"--caption is for one item, not for {len(options.items)}: run the demo once for each")
     if options.write_figure and options != parser.parse_args(["--write-figure"]):
@@ -91,8 +99,13 @@ def picture_path(options: argparse.Namespace, item: str) -> Path:
     """The work area, or with --write-figure the picture that README.md shows."""
     if options.write_figure:
         return FIGURES / f"demo-{item.replace('/', '-')}-mini.png"
-    name = f"{Path(item).name}-{options.method}-N{options.images}-seed{options.seed}.png"
-    return results.RUNS / "demo" / name
+    folder = Path(item).is_dir()
+    told = [Path(item).name if folder else item.replace("/", "-"), options.method]
+    told += [f"N{options.images}", f"seed{options.seed}"]
+    if folder or options.caption or options.change:  # which no name of a file can hold
+        known = [str(Path(item).resolve()), options.caption or "", options.change]
+        told.append(hashlib.sha256("\n".join(known).encode(errors="surrogateescape")).hexdigest()[:8])
+    return results.RUNS / "demo" / f"{'-'.join(told)}.png"
 
 
 def comparison(asked: list[Score]) -> plots.Figure:

@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from fx import results
-from fx.cliques import RULES, estimate_n_training, extract, without_copies
+from fx.cliques import RULES, estimate_n_training, extract, extract_distinct
 from fx.datasets import from_uint8, to_uint8
 from fx.losses import to_latents
 from fx.models import PRECISIONS
@@ -43,9 +43,9 @@ class Extract:
     n_training: N0, the number of images to extract; None if nobody knows it, then it is estimated
     (fx.cliques.estimate_n_training at the descriptor's loose threshold). descriptor, preset: the copy-detection network
     and how images enter it (fx.similarity.load_descriptor); rule: how the extracted set is chosen, phi: a fixed threshold
-    instead of the rule's own (fx.cliques.extract); distinct: whether the rule extracts 2 N0 images, of which those that are
-    copies of one another by the descriptor's strict threshold are passed over (fx.cliques.without_copies). refine: None,
-    or how the extracted images are made more like what they are copies of, by the two models (fx.refine).
+    instead of the rule's own (fx.cliques.extract); distinct: whether copies of one another, by the descriptor's strict
+    threshold, are passed over for further cliques (fx.cliques.extract_distinct). refine: None, or how the extracted images
+    are made more like what they are copies of, by the two models (fx.refine).
     """
 
     VERSION: ClassVar[int] = 1
@@ -104,10 +104,11 @@ def _(spec: Extract, folder: Path) -> None:
         estimate, low, high = estimate_n_training(similarity, loose)
         n_training = min(max(estimate, 1), len(found))
         scores = {"n_estimated": estimate, "n_estimated_low": low, "n_estimated_high": high}
-    extraction = extract(similarity, min(n_training * (1 + spec.distinct), len(found)), spec.rule, spec.phi)
     if spec.distinct:
         _, strict = copy_thresholds(spec.descriptor)
-        extraction = without_copies(extraction, similarity, min(n_training, extraction.n_extracted), strict)
+        extraction = extract_distinct(similarity, n_training, strict, spec.rule, spec.phi)
+    else:
+        extraction = extract(similarity, n_training, spec.rule, spec.phi)
     scores |= {
         "n_extracted": extraction.n_extracted,
         "n_unproven": extraction.n_unproven,

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pandas as pd
 import torch
+import yaml
 from peft.tuners.lora import LoraLayer
 from safetensors import safe_open
 from torch import nn
@@ -300,13 +301,19 @@ def _named_bases(path: Path) -> list[str]:
 
 
 def card(path: Path) -> dict[str, str]:
-    """The plain "name: value" lines at the head of the model card beside the weights."""
+    """The entries at the head of the model card beside the weights that are one text: YAML, or plain lines if it is none."""
     file = (path if path.is_dir() else path.parent) / "README.md"
     if not file.is_file():
         return {}
     with file.open(encoding="utf-8", errors="replace") as lines:
         head = FRONT.match(lines.read(100_000))
-    pairs = (line.partition(":") for line in head[1].splitlines()) if head else ()
+    try:
+        read = yaml.load(head[1], yaml.BaseLoader) if head else {}  # which makes texts, lists and mappings only
+        if isinstance(read, dict):
+            return {name: value for name, value in read.items() if isinstance(name, str) and isinstance(value, str)}
+    except (yaml.YAMLError, RecursionError, ValueError):
+        pass
+    pairs = (line.partition(":") for line in head[1].splitlines())
     return {
         name.strip(): value.strip().strip("'\"") for name, colon, value in pairs if colon and not name[:1].isspace()
     }
@@ -333,7 +340,7 @@ def _hints(found: Inspection, path: Path) -> None:
         names = {match[1] for name in checkpoints.keys(file) if (match := adapters.EMBEDDING.fullmatch(name))}
         leads += [(name, "a word that it brings along") for name in sorted(names)]
     leads += [(tag, f"{count} captions") for tag, count in found.metadata.tags[:10]]
-    found.leads = tuple(dict.fromkeys((shown(words), where) for words, where in leads))
+    found.leads = tuple(dict.fromkeys((str(words), where) for words, where in leads))
 
 
 # which base
@@ -423,7 +430,7 @@ def as_text(found: Inspection) -> str:
         "layers of the adapter": found.layers.to_string(index=False).splitlines() if len(found.layers) else [],
         "it says of itself": [f"{name}: {value}" for name, value in said.items()],
         "base models it names": list(found.base_names),
-        "captions it hints at": [f"{words!r}, by {where}" for words, where in found.leads],
+        "captions it hints at": [f"{shown(words)!r}, by {where}" for words, where in found.leads],
         "base models compared": found.bases.to_string(index=False, na_rep="").splitlines() if len(found.bases) else [],
         "what would not load": [shown(trouble) for trouble in found.troubles],
     }
@@ -436,7 +443,7 @@ def as_text(found: Inspection) -> str:
 def as_json(found: Inspection) -> str:
     """The same for a script."""
     content = {name: value for name, value in vars(found).items() if name not in ("layers", "bases", "metadata")}
-    content |= {"metadata": asdict(found.metadata)}
+    content |= {"metadata": asdict(found.metadata), "leads": [[shown(words), by] for words, by in found.leads]}
     content |= {name: json.loads(getattr(found, name).to_json(orient="records")) for name in ("layers", "bases")}
     return json.dumps(content, indent=1, ensure_ascii=False)
 

@@ -123,8 +123,8 @@ def base_of(
         raise ValueError(f"{path}: none of the base models fits ({reasons}): name others")
     if fitting.verdict.iloc[0] == "nearest":
         return fitting.base.iloc[0], "its weights"
-    last = {name.rpartition("/")[2].lower() for name in named}
-    if told := [base for base in fitting.base if base.rpartition("/")[2].lower() in last]:
+    last = {_last(name) for name in named}
+    if told := [base for base in fitting.base if _last(base) in last]:
         return told[0], "what it says"
     if len(fitting) == 1:
         return fitting.base.iloc[0], "its shapes"
@@ -132,6 +132,11 @@ def base_of(
     ranked = rank_by_alignment(path, list(fitting.base), caption)
     doubt = ranked.base[ranked.verdict == "not told apart"].tolist()
     return ranked.base[0], "its alignment" + (f", not told apart from {', '.join(doubt)}" if doubt else "")
+
+
+def _last(base: str) -> str:
+    """The name of a base model without its owner and revision."""
+    return base.partition("@")[0].rpartition("/")[2].lower()
 
 
 def caption_of(

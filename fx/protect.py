@@ -93,15 +93,23 @@ def plan(folder: Path, out: Path, settings: Settings) -> dict[str, Path]:
     known = record(out)
     if known and known["settings"] != asdict(settings):
         raise ValueError(f"{out} holds images that were changed with {known['settings']}: name another folder")
-    present = {path.name for path in out.iterdir() if path.suffix != ".part"} if out.is_dir() else set()
+    present = {path.name for path in out.iterdir() if not path.name.startswith(".")} if out.is_dir() else set()
     if foreign := sorted(present - {RECORD} - set(known.get("images", {}))):
         raise ValueError(f"{out} holds {foreign[0]}, which is not overwritten: name another folder")
     return names
 
 
 def record(out: Path) -> dict:
-    """What the output folder says about itself; empty where it says nothing."""
-    return json.loads((out / RECORD).read_text("utf-8")) if (out / RECORD).is_file() else {}
+    """What the output folder says about itself; empty where it says nothing. ValueError for a record that is not ours."""
+    if not (file := out / RECORD).is_file():
+        return {}
+    try:
+        read = json.loads(file.read_bytes())
+    except ValueError:
+        read = None
+    if not isinstance(read, dict) or not all(isinstance(read.get(part), dict) for part in ("settings", "images")):
+        raise ValueError(f"{file} is not what fx.protect wrote: name another folder")
+    return read
 
 
 def run(folder: Path, out: Path, settings: Settings) -> list[Path]:
@@ -140,7 +148,11 @@ def main(words: list[str] | None = None) -> None:
     parser.add_argument("--eps", type=int, default=8, help="budget in grey levels of 255 (default 8)")
     parser.add_argument("--steps", type=int, default=100, help="of gradient ascent (default 100)")
     parser.add_argument("--step-size", type=float, default=1.0, help="in grey levels (default 1)")
-    parser.add_argument("--base", default="mini-sd", help="base model to protect against: a name, folder or Hub id")
+    parser.add_argument(
+        "--base",
+        default="mini-sd",
+        help="base model to protect against: a name, folder or Hub id (default mini-sd, a small model of drawings)",
+    )
     parser.add_argument("--caption", default="a picture", help="what the base model is told of the images")
     parser.add_argument("--seed", type=int, default=0)
     options = vars(parser.parse_args(words))

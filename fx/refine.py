@@ -82,7 +82,7 @@ def contrast(evaluations: int, share: float = 0.6, **changes) -> Contrastive:
     """
     if not 0 < share < 1:
         raise ValueError(f"share {share} of the evaluations that refine must lie between 0 and 1")
-    if (steps := int(evaluations * share / PER_STEP)) < 1:
+    if (steps := int(evaluations * share / PER_STEP + 1e-9)) < 1:
         least = math.ceil(PER_STEP / share)
         raise ValueError(f"{share:g} of {evaluations} evaluations is no step of refining: take {least} or more")
     return Contrastive(steps=steps, **changes)

@@ -99,7 +99,15 @@ def main(words: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser("python -m fx.reproduce", description=__doc__.split("\n\n")[0])
     parser.add_argument("notebooks", nargs="*", metavar="NUMBER", help="such as 01 03; default: all but 00")
     parser.add_argument("--profile", default=DEFAULTS, help=f"one of {', '.join(profiles())} (default {DEFAULTS})")
-    parser.add_argument("-p", dest="extra", type=assignment, action="append", default=[], metavar="NAME=VALUE")
+    parser.add_argument(
+        "-p",
+        dest="extra",
+        type=assignment,
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="a parameter of the notebooks named, as in their first code cells; may be repeated: 03 -p artists=5",
+    )
     parser.add_argument(
         "--scheduler",
         metavar="S",

@@ -14,6 +14,7 @@ Steps are found under their addresses, so what is unpacked counts only for the s
 
 import argparse
 import json
+import lzma
 import platform
 import re
 import shutil
@@ -58,12 +59,15 @@ def entries(kinds: Iterable[str] = ()) -> Iterator[Entry]:
     root, wanted = results.RUNS, {kind.lower() for kind in kinds}
     if not root.is_dir():
         return
+    known = {path.name for path in root.iterdir() if path.is_dir() and path.name not in NOT_KINDS} | {"scratch"}
+    if unknown := sorted(wanted - known - {*SMALL}):
+        raise ValueError(f"no steps of the kind {', '.join(unknown)}: here are {', '.join(sorted(known))}")
     for parent in sorted(path for path in root.iterdir() if path.is_dir() and path.name not in NOT_KINDS):
         for path in sorted(parent.iterdir()):
             state = _state(path.name)
             if state and (not wanted or parent.name in wanted):
                 yield Entry(path, parent.name, state, size_of(path), state != "unfinished" or _left_behind(path))
-    if not wanted:
+    if not wanted or "scratch" in wanted:
         for path in sorted((root / "scratch").glob("*")):
             yield Entry(path, "scratch", "unfinished", size_of(path), not results.is_being_computed(path.name))
 
@@ -228,10 +232,12 @@ def unpack(file: Path) -> tuple[int, int]:
         try:
             with tarfile.open(file, "r:xz") as archive:
                 archive.extractall(root, filter="data")
-        except (tarfile.TarError, EOFError, OSError) as error:
+        except (tarfile.TarError, EOFError, OSError, lzma.LZMAError) as error:
             if isinstance(error, FileNotFoundError):
                 raise FileNotFoundError(f"{file} does not exist: name a file that fx.runs pack has written") from None
             raise ValueError(f"{file} cannot be unpacked ({error}): it must be one that fx.runs pack wrote") from error
+        if loose := [path.name for path in root.iterdir() if not path.is_dir()]:
+            raise ValueError(f"{loose[0]} in {file} is no step: name a file that fx.runs pack has written")
         steps = sorted(path for path in root.glob("*/*"))
         for step in steps:
             fault = "it is no step" if not FINISHED.fullmatch(step.name) else fault_of(step)

@@ -57,6 +57,7 @@ class Arm:
         return len(self.ends)
 
 
+STOCK = ("direct", "cfg")  # arms that the published code samples with the pipeline's own scheduler
 ORIGIN = ("base", False)  # where guidance starts: theta without the caption
 ARMS = {
     "direct": Arm("theta' with the caption", None, ("tuned", True)),
@@ -224,8 +225,12 @@ def _take_over(spec: Generate, scratch: Path) -> None:
 
 
 def evaluations(spec: Generate) -> int:
-    """How many evaluations of a network for one image a Generate takes: one per image, step and prediction of its arm."""
-    return spec.n_generated * spec.steps * ARMS[spec.arm].predictions
+    """How many evaluations of a network for one image a Generate takes: one per image, step and prediction of its arm.
+
+    The published sampler of direct and cfg, the stock PNDM, walks a step more than it is asked for.
+    """
+    walked = spec.steps + (spec.sampler == "published" and spec.arm in STOCK)
+    return spec.n_generated * walked * ARMS[spec.arm].predictions
 
 
 def picture_file(folder: Path, number: int) -> Path:
@@ -381,7 +386,7 @@ class _Step:
 def arm_scheduler(pipeline, sampler: str, arm: str):
     """The scheduler of an arm: the same for all, but for `published`, where direct and cfg keep the stock PNDM."""
     scheduler = make_scheduler(pipeline, sampler)
-    return ReleasedDDIM(scheduler) if sampler == "published" and arm not in ("direct", "cfg") else scheduler
+    return ReleasedDDIM(scheduler) if sampler == "published" and arm not in STOCK else scheduler
 
 
 # Images of a model pair

@@ -6,6 +6,7 @@ Nothing is executed and nothing is fetched: the notebooks' committed outputs are
 with them.
 """
 
+import argparse
 import ast
 import json
 import re
@@ -157,8 +158,10 @@ def _troubles(stderr: str) -> Iterator[str]:
             yield line.strip()
 
 
-def main() -> None:
+def main(words: list[str] | None = None) -> None:
     """Build the site and say where it is."""
+    about = "Build the pages, the notebooks and the API as HTML in runs/site. Nothing is executed or fetched."
+    argparse.ArgumentParser("python -m fx.site", description=about).parse_args(words)
     print(build())
 
 

@@ -162,6 +162,12 @@ def cell_of(claim: Claim) -> str:
 
 # the page
 
+MINI = (
+    "All of this was measured on small models of drawings: nothing here is a statement about Stable Diffusion. The "
+    "checkpoints of Tables 4 and 7 and Figure 1 were made here, in the ways in which people make and publish theirs "
+    "(notebook 08)."
+)
+
 
 def as_markdown(table: pd.DataFrame, profile: str) -> str:
     """The summary as a page; links lead from data/results/<profile> to the notebooks and tables."""
@@ -177,11 +183,13 @@ def as_markdown(table: pd.DataFrame, profile: str) -> str:
         "words them. A claim *holds* if every comparison lies on the claimed side with its whole 95% interval, it *does not "
         "hold* if one lies on the other side, else it is *not shown*. Table 1's first claim is corrected for its four "
         "comparisons (Holm); all others are exploratory. *not run*: this profile has no such table or picture yet. ✓: the "
-        "whole interval is on the claimed side, ✗: on the other, ·: neither; *a picture*: there is nothing to test.",
+        "whole interval is on the claimed side, ✗: on the other, ·: neither; *a picture*: there is nothing to test. "
+        "Numbers are differences with intervals over items; in Table 6 ratios, with intervals over repeated measurements.",
         "",
-        f"Of {len(tested)} claims: {numbers}.",
+        *([MINI, ""] if profile == COMPLETE else []),
+        f"Of {len(tested)} claims that can be tested: {numbers}.",
         "",
-        f"![every comparison with its interval](../../../figures/summary-{profile}.png)",
+        f"![every difference with its interval](../../../figures/summary-{profile}.png)",
         "",
         "| paper | claim | verdict | here | notebook |",
         "|---|---|---|---|---|",
@@ -205,11 +213,13 @@ def _in_short(rows: pd.DataFrame, profile: str, most: int = 6) -> str:
         return f"[{first.table}](../../../figures/{first.table}-{profile}.png)"
     if pd.isna(first.compared):
         return ""
-    shown = [f"{_mark(row)} {row['compared']} {_numbers(row)}" for row in rows.to_dict("records")]
+    ratio = first.claim in _of_ratios()
+    shown = [f"{_mark(row)} {row['compared']} {_numbers(row, ratio)}" for row in rows.to_dict("records")]
     if len(shown) > most:
         good = int((rows.here == HOLDS).sum())
         low, high = rows.loc[rows.estimate.idxmin()], rows.loc[rows.estimate.idxmax()]
-        shown = [f"{good} of {len(rows)}", *(f"{row.compared} {_numbers(row)}" for row in (low, high))]
+        ends = [f"{row.compared} {_numbers(row, ratio)}" for row in (low, high)]
+        shown = [f"{good} of {len(rows)} as claimed; the lowest and the highest:", *ends]
     return "<br>".join(text.strip().replace("|", "\\|") for text in shown)
 
 
@@ -217,10 +227,16 @@ def _mark(row: dict) -> str:
     return {HOLDS: "✓", FAILS: "✗"}.get(row["here"], "·")
 
 
-def _numbers(row) -> str:
+def _numbers(row, ratio: bool) -> str:
+    estimate = f"{row['estimate']:.3f} times" if ratio else f"{row['estimate']:+.3f}"
     if math.isnan(row["low"]):
-        return f"{row['estimate']:+.3f} (one item)"
-    return f"{row['estimate']:+.3f} ({row['low']:.3f} to {row['high']:.3f})"
+        return f"{estimate} (one item)"
+    return f"{estimate} ({row['low']:.3f} to {row['high']:.3f})"
+
+
+def _of_ratios() -> set[str]:
+    """The claims whose numbers are ratios."""
+    return {claim.claim for claim in claims() if claim.within or claim.against}
 
 
 def _where(row: pd.Series) -> str:
@@ -231,8 +247,7 @@ def _where(row: pd.Series) -> str:
 
 def drawing(table: pd.DataFrame) -> Figure | None:
     """Every difference with its interval, under the claim that it tests; None where nothing was compared."""
-    ratios = {claim.claim for claim in claims() if claim.within or claim.against}
-    rows = table[table.estimate.notna() & ~table.claim.isin(ratios)]
+    rows = table[table.estimate.notna() & ~table.claim.isin(_of_ratios())]
     if rows.empty:
         return None
     colours, heights, labels = {HOLDS: "C0", FAILS: "C3", OPEN: "0.6"}, [], []

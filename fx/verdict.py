@@ -5,6 +5,9 @@ draws of one population, and every p-value here is at most alpha with probabilit
 they are ranks among exchangeable things (Vovk et al., 2005). Scores are higher for images that look trained on.
 """
 
+import itertools
+import math
+
 import numpy as np
 from scipy import stats
 
@@ -15,7 +18,7 @@ def p_values(suspects: np.ndarray, controls: np.ndarray) -> np.ndarray:
     (1 + how many controls score as high or higher) / (m + 1). Raises ValueError without controls and for scores that are
     not finite.
     """
-    suspects, controls = _scores(suspects)[:, 0], _scores(controls)[:, 0]
+    suspects, controls = _of_one_witness(suspects), _of_one_witness(controls)
     return (1 + (controls[None, :] >= suspects[:, None]).sum(axis=1)) / (len(controls) + 1)
 
 
@@ -37,15 +40,36 @@ def combined(suspects: np.ndarray, controls: np.ndarray) -> np.ndarray:
 def of_the_set(suspects: np.ndarray, controls: np.ndarray, draws: int = 9999, seed: int = 0) -> float:
     """The p-value of "none of these was trained on", from scores [n, k] and [m, k] of k witnesses.
 
-    A permutation test: the suspects' mean rank, summed over witnesses, against that of `draws` random choices of n among all
-    n + m images. It has power where a part of the suspects was trained on, and none is below 1 / (draws + 1).
+    A permutation test of an image's rank, summed over witnesses. Two statistics: the mean rank, which grows where many of
+    the suspects were trained on, and the p-value of Simes (1986), which falls where a few stand out. Each is compared with
+    its values for other choices of n among the n + m images, and so is the smaller of the two p-values that this gives.
+    Where there are no more than draws + 1 choices all are taken, and the p-value is exact; else `draws` random ones and the
+    one that was made, and none is below 1 / (draws + 1).
     """
     suspects, controls = _same_witnesses(suspects, controls)
     pool = np.vstack([suspects, controls])
     total, n = stats.rankdata(pool, axis=0).sum(axis=1), len(suspects)
+    choices = _choices(len(total), n, draws, seed)
+    mean = stats.rankdata(-total[choices].sum(axis=1), method="max")
+    simes = stats.rankdata(_simes(total, choices), method="max")
+    smaller = np.minimum(mean, simes)
+    return float((smaller <= smaller[0]).mean())
+
+
+def _choices(size: int, n: int, draws: int, seed: int) -> np.ndarray:
+    """Choices of n numbers below `size`, [choices, n], the first of them 0 to n - 1: all, or that one and random ones."""
+    if math.comb(size, n) <= draws + 1:
+        return np.array(list(itertools.combinations(range(size), n)))
     draw = np.random.default_rng(seed)
-    null = np.array([draw.permutation(total)[:n].sum() for _ in range(draws)])
-    return float((1 + (null >= total[:n].sum() - 1e-9).sum()) / (draws + 1))
+    return np.stack([np.arange(n), *(draw.permutation(size)[:n] for _ in range(draws))])
+
+
+def _simes(total: np.ndarray, choices: np.ndarray) -> np.ndarray:
+    """For each choice n p_(j) / j at its smallest, but for constants; p_(j): the j-th smallest conformal p-value."""
+    n = choices.shape[1]
+    as_high = np.sort(len(total) - stats.rankdata(total, method="min")[choices] + 1, axis=1)  # of all images
+    place = np.arange(1, n + 1)
+    return ((1 + as_high - place) / place).min(axis=1)
 
 
 def discoveries(p: np.ndarray, level: float = 0.05) -> np.ndarray:
@@ -67,7 +91,7 @@ def smallest_set(level: float, n_controls: int) -> int:
 
 def auc(suspects: np.ndarray, controls: np.ndarray) -> float:
     """The chance that a suspect scores above a control, ties half: .5 where they are alike."""
-    suspects, controls = _scores(suspects)[:, 0], _scores(controls)[:, 0]
+    suspects, controls = _of_one_witness(suspects), _of_one_witness(controls)
     return float(stats.mannwhitneyu(suspects, controls).statistic / (len(suspects) * len(controls)))
 
 
@@ -76,6 +100,14 @@ def _same_witnesses(suspects: np.ndarray, controls: np.ndarray) -> tuple[np.ndar
     if suspects.shape[1] != controls.shape[1]:
         raise ValueError(f"suspects have {suspects.shape[1]} scores each and controls {controls.shape[1]}")
     return suspects, controls
+
+
+def _of_one_witness(values: np.ndarray) -> np.ndarray:
+    """Scores of one witness as float64 [n]; ValueError for several."""
+    values = _scores(values)
+    if values.shape[1] != 1:
+        raise ValueError(f"scores of one witness are asked for, not of {values.shape[1]}: see `combined`")
+    return values[:, 0]
 
 
 def _scores(values: np.ndarray) -> np.ndarray:

@@ -8,7 +8,7 @@ Images are files. Every score is higher for what was trained on, and of one imag
 are asked about.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -146,9 +146,10 @@ def _(spec: Recovery, folder: Path) -> None:
     x0 = latents_of(pair, spec.images)
     found = recover(pair, x0, _caption(spec), spec.steps, spec.step_size, spec.radius, spec.seed)
     pictures = to_uint8(decode(pair.tuned, found))
-    original = to_uint8(load_images(tuple(map(Path, spec.images)), image_size(pair.tuned)))
     judge = quality.load_judge(spec.judge)
-    cosine = (quality.features(judge, pictures) * quality.features(judge, original)).sum(axis=1)
+    side = image_size(pair.tuned)
+    original = [quality.features(judge, to_uint8(load_images(part, side))) for part in _parts(spec.images)]
+    cosine = (quality.features(judge, pictures) * np.concatenate(original)).sum(axis=1)
     np.save(folder / "recovered.npy", pictures)
     np.save(folder / SCORES, cosine.astype(np.float64))
 
@@ -175,7 +176,14 @@ def _caption(spec: Contrast | Recovery) -> str:
 
 def latents_of(pair: ModelPair, images: Sequence[str]) -> Tensor:
     """The latents of image files as theta' sees them, scaled, without noise: [n, c, h, w]."""
-    return to_latents(pair, load_images(tuple(map(Path, images)), image_size(pair.tuned)))
+    side = image_size(pair.tuned)
+    return torch.cat([to_latents(pair, load_images(part, side)) for part in _parts(images)])
+
+
+def _parts(images: Sequence[str], size: int = 64) -> Iterator[tuple[Path, ...]]:
+    """Paths in parts, so that never all images are held at once."""
+    for first in range(0, len(images), size):
+        yield tuple(map(Path, images[first : first + size]))
 
 
 def kept(shape: tuple[int, int, int]) -> Tensor:

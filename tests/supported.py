@@ -69,7 +69,11 @@ def page(tests: set[str]) -> str:
         if proven.get(test):
             marks = ["yes" if family in proven[test] else "" for family in NAMES]
             lines.append(f"| {words} | " + " | ".join(marks) + " |")
-    head = "Written by `python tests/supported.py` from the tests that prove it; do not edit.\n\n"
+    head = (
+        "Written by `python tests/supported.py` from the tests that prove it; do not edit. An empty cell is untested: "
+        "neither promised nor refused. `python -m fx.inspect FILE --base MODEL` tries to load yours and says why if it does "
+        "not.\n\n"
+    )
     return head + "\n".join(lines) + "\n"
 
 

@@ -1,7 +1,11 @@
 """The audit: what it reads, what it weighs, and that its sentence and page never say more than that."""
 
+import base64
+import io
 import json
 import re
+import shlex
+import shutil
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -16,7 +20,7 @@ from PIL import Image
 from fx import audit, results, verdict
 from fx.audit import Audit, Findings, evidence, investigate, sentence, usable, write_report
 from fx.finetune import FineTune, TrainingItem
-from fx.leads import Leads
+from fx.leads import Leads, Lookup
 from fx.paths import ROOT
 from fx.publishing import Published, published
 
@@ -76,12 +80,24 @@ def test_what_cannot_be_used_is_left_out_with_a_line_and_the_rest_is_used(tmp_pa
     assert "same.bmp is left out: the same picture as 0.png" in lines
 
 
+def test_images_in_folders_of_the_folder_and_dead_links_are_named(tmp_path):
+    Image.fromarray(tiny.pictures(1)[0]).save(tmp_path / "a.png")
+    (tmp_path / "2023/spring").mkdir(parents=True)
+    Image.fromarray(tiny.pictures(1)[0]).save(tmp_path / "2023/spring/b.jpg")
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "gone.png").symlink_to(tmp_path / "nowhere.png")
+    found, lines = usable(str(tmp_path))
+    assert [path.name for path in found] == ["a.png"]
+    assert [line.partition(" is left out")[0] for line in lines] == ["2023/", "gone.png"]
+
+
 def test_a_folder_without_a_usable_image_is_refused_with_the_reasons(tmp_path):
     (tmp_path / "broken.png").write_bytes(b"x")
     with pytest.raises(ValueError, match=r"no image in .* can be used\nbroken\.png is left out"):
         usable(str(tmp_path))
-    with pytest.raises(FileNotFoundError, match="no folder"):
-        usable(str(tmp_path / "none"))
+    for name in (str(tmp_path / "none"), "~nobody-of-this-name/works"):
+        with pytest.raises(FileNotFoundError, match="no folder"):
+            usable(name)
 
 
 def test_a_control_that_is_a_suspect_too_is_left_out(folders, tmp_path):
@@ -112,10 +128,12 @@ def test_it_weighs_what_the_witnesses_say_of_suspects_and_controls(asked):
     assert found.p == verdict.of_the_set(ours, theirs)
     assert found.images.p.min() >= 1 / 6
     assert not found.images.named.any(), "five controls name nothing at 5%"
+    assert (found.n_training, found.n_training_by) == (2, "whoever asked")
     assert found.extracted.clique.is_monotonic_decreasing
     assert found.pictures.shape == found.of_the_base.shape == (2, 16, 16, 3)
     assert found.nearest.shape == (6, 16, 16, 3)
-    assert set(found.hashes) == {"checkpoint", "base model", *found.images.file}
+    controls = {f"control {name}" for name in found.controls.file}
+    assert set(found.hashes) == {"checkpoint", "base model", *found.images.file} | controls
 
 
 def test_a_checkpoint_that_is_its_base_is_the_same_for_suspects_and_controls(asked, tiny_sd):
@@ -139,7 +157,42 @@ def test_without_suspects_it_only_extracts_and_estimates_how_many(asked):
     assert found.images.empty
     assert 1 <= found.n_training <= 6
     assert len(found.extracted) == found.n_training
+    assert found.n_training_by == "an estimate"
     assert "was not asked" in sentence(found)
+
+
+def test_a_header_s_number_that_cannot_be_meant_is_no_source(asked, monkeypatch):
+    told = {
+        number: replace(audit.gathered(Lookup(asked.checkpoint, asked.bases)), n_training=number) for number in (3, 200)
+    }
+    for number, known in told.items():
+        known = replace(known, n_training_by="its header")
+        monkeypatch.setattr(audit, "gathered", lambda lookup, known=known: known)
+        found = investigate(replace(asked, suspects="", controls="", n_training=0))
+        if number == 3:
+            assert (found.n_training, found.n_training_by) == (3, "its header")
+        else:
+            assert found.n_training_by == "an estimate (its header says 200, 6 images were generated)"
+
+
+def test_nothing_is_named_where_there_is_no_evidence_for_the_set():
+    draw = np.random.default_rng(0)
+    found = findings(40, 999, None)
+    ours, theirs = draw.normal(size=(40, 3)), draw.normal(size=(999, 3))
+    ours[7] = 100  # alone among its kind: p = .001 of .05 / 40, but a set has forty chances of one
+    for table, scores in ((found.images, ours), (found.controls, theirs)):
+        for column, name in enumerate(audit.WITNESSES):
+            table[name] = scores[:, column]
+    audit.weigh(found)
+    assert verdict.discoveries(found.images.p.to_numpy()).any()
+    assert evidence(found) == "none"
+    assert not found.images.named.any()
+    ours[8:12] = 100
+    for column, name in enumerate(audit.WITNESSES):
+        found.images[name] = ours[:, column]
+    audit.weigh(found)
+    assert found.images.named[7:12].all()
+    assert evidence(found) == "strong"
 
 
 def test_without_a_caption_the_attack_has_none(asked):
@@ -205,6 +258,20 @@ def test_the_sentence_says_what_the_tests_support(found, word, parts):
         assert "named, of which" not in said
 
 
+def test_a_rate_is_never_rounded_down():
+    told = {
+        0.0504: "0.051",
+        0.05: "0.05",
+        1 / 3: "0.34",
+        0.999: "1",
+        1.0: "1",
+        5.04: "5.1",
+        100.0: "100",
+        0.0001: "0.0001",
+    }
+    assert {value: audit.rounded_up(value) for value in told} == told
+
+
 def test_numbers_have_two_figures_and_no_exponent():
     assert [audit.in_figures(x) for x in (0.00012345, 0.3, 1.0, 12.3456)] == ["0.00012", "0.3", "1", "12"]
 
@@ -245,6 +312,16 @@ def test_the_report_is_one_page_with_everything_inside_and_nothing_run(asked, tm
         assert word in page.text
     assert dict(page.tags)["html"] == {"lang": "en"}
     assert next(tag for tag, _ in page.tags if tag in ("h1", "h2")) == "h1"
+
+
+def test_a_name_that_is_no_text_and_pictures_of_any_size_go_into_the_report(asked, tmp_path, folders):
+    name = b"caf\xe9.png".decode(errors="surrogateescape")
+    Image.fromarray(tiny.pictures(1, 9)[0]).resize((900, 600)).save(tmp_path / "a.png")
+    (tmp_path / "a.png").rename(Path(folders[0]) / name)
+    found = investigate(asked)
+    assert "caf?.png" in write_report(found, tmp_path / "report.html").read_text("utf-8")
+    large = audit.as_png(np.zeros((1024, 512, 3), np.uint8)).partition(",")[2]
+    assert Image.open(io.BytesIO(base64.b64decode(large))).size == (128, 256)
 
 
 def test_a_report_without_suspects_or_controls_has_no_p_values(asked, tmp_path):
@@ -354,6 +431,10 @@ def test_without_a_checkpoint_it_is_the_example(run_as_asked):
         (["mini-sd", "--images", "3"], "n_generated 3 must be at least 6"),
         (["mini-sd", "--settings", "none"], "no settings 'none'"),
         (["mini-sd", "--report", "none/out.html"], "no folder none for the report"),
+        (["--report", "none/out.html"], "no folder none for the report"),
+        (["--report", "out.json"], r"out\.json must end in \.html"),
+        (["--report", "."], r"must end in \.html"),
+        (["mini-sd", "--suspects", "~nobody-of-this-name/x"], "no folder ~nobody"),
         (["--suspects", "."], "suspects and controls belong to a checkpoint"),
     ],
 )
@@ -363,10 +444,31 @@ def test_wrong_input_is_said_before_the_notebook_is_run(run_as_asked, words, mes
     assert not run_as_asked
 
 
-def test_what_the_notebook_refuses_is_one_line(run_as_asked, monkeypatch):
+@pytest.mark.parametrize("name", ["ValueError", "UnicodeEncodeError", "IsADirectoryError", "JSONDecodeError"])
+def test_what_the_notebook_refuses_is_one_line(run_as_asked, monkeypatch, name):
     def refuse(*_, **__):
-        raise audit.papermill.exceptions.PapermillExecutionError(1, 1, "", "ValueError", "the LoRA changes nothing", [])
+        raise audit.papermill.exceptions.PapermillExecutionError(1, 1, "", name, "the LoRA changes nothing", [])
 
     monkeypatch.setattr(audit.papermill, "execute_notebook", refuse)
     with pytest.raises(ValueError, match=r"^the LoRA changes nothing$"):
         audit.main(["mini-sd"])
+
+
+def test_a_defect_in_the_notebook_keeps_its_traceback(run_as_asked, monkeypatch):
+    def fail(*_, **__):
+        raise audit.papermill.exceptions.PapermillExecutionError(1, 1, "", "KeyError", "'x'", ["Traceback"])
+
+    monkeypatch.setattr(audit.papermill, "execute_notebook", fail)
+    with pytest.raises(audit.papermill.exceptions.PapermillExecutionError):
+        audit.main(["mini-sd"])
+
+
+def test_a_report_is_not_overwritten_and_a_base_may_have_blanks_in_its_path(run_as_asked, tiny_sd, tmp_path, capsys):
+    shutil.copytree(tiny_sd, tmp_path / "My Models/tiny sd")
+    words = ["mini-sd", "--base", "My Models/tiny sd", "mini-sd", "--report", "out.html"]
+    audit.main(words)
+    assert shlex.split(run_as_asked[0]["bases"]) == [str(tmp_path / "My Models/tiny sd"), "mini-sd"]
+    (tmp_path / "out.html").write_text("the first")
+    with pytest.raises(ValueError, match=r"out\.html is there already and is not overwritten"):
+        audit.main(words)
+    assert len(run_as_asked) == 1

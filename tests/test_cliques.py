@@ -19,6 +19,7 @@ from fx.cliques import (
     count_maximal_cliques,
     estimate_n_training,
     extract,
+    extract_distinct,
     largest_cliques,
     without_copies,
 )
@@ -598,6 +599,53 @@ def test_what_is_kept_holds_no_copies_as_long_as_there_is_anything_else(similari
     for place in {*range(found.n_extracted)} - {*places}:
         before = [other for other in apart if other < place]
         assert is_copy(place, before) or (len(apart) == wanted and place > apart[-1])
+
+
+def test_a_copy_is_passed_over_for_a_further_clique():
+    """Two cliques of one image, whose centres are copies, before a single image of another."""
+    similarity = np.full((8, 8), 0.1)
+    similarity[:6, :6] = 0.62  # copies of one image, in two cliques from phi = .63 on
+    for group in ((0, 1, 2), (3, 4, 5)):
+        similarity[np.ix_(group, group)] = 0.9
+    similarity[1, 4] = similarity[4, 1] = 0.75  # their centres
+    similarity[1, [0, 2]] = similarity[[0, 2], 1] = similarity[4, [3, 5]] = similarity[[3, 5], 4] = 0.95
+    similarity[6, 7] = similarity[7, 6] = 0.8
+    np.fill_diagonal(similarity, 1)
+    assert extract(similarity, 3, threshold=0.65).centres == (1, 4, 6)
+    assert extract_distinct(similarity, 3, 0.7, threshold=0.65).centres == (1, 6, 4)
+    plain, distinct = extract(similarity, 4), extract_distinct(similarity, 4, 0.7)
+    assert similarity[np.ix_(plain.centres, plain.centres)].max() == 1  # beside itself
+    assert len({*distinct.centres}) == 4
+
+
+def test_where_nothing_is_a_copy_the_extraction_is_the_rules_own():
+    """Asking for more would raise phi until one image's copies fall apart."""
+    similarity = np.full((6, 6), 0.1)
+    similarity[:4, :4] = 0.6
+    np.fill_diagonal(similarity, 1)
+    assert extract_distinct(similarity, 3, 0.7) == extract(similarity, 3)
+    assert extract(similarity, 3).centres == (0, 4, 5)
+
+
+@given(small_similarities(), st.integers(1, 10), st.integers(0, 10), st.sampled_from(RULES))
+def test_distinct_images_hold_at_most_as_many_copies_as_the_rules_own(similarity, wanted, strict, rule):
+    n, strict = len(similarity), strict / 10
+    if n < 2:
+        return
+    wanted = min(wanted, n)
+
+    def n_apart(centres):
+        kept = []
+        for centre in centres:
+            if all(similarity[centre, other] < strict - 1e-9 for other in kept):
+                kept.append(centre)
+        return len(kept)
+
+    plain, distinct = extract(similarity, wanted, rule), extract_distinct(similarity, wanted, strict, rule)
+    assert n_apart(distinct.centres) >= n_apart(plain.centres[:wanted])
+    assert distinct.n_extracted == wanted
+    if n_apart(plain.centres[:wanted]) == wanted:
+        assert distinct.centres == plain.centres[:wanted]
 
 
 def test_more_images_than_were_extracted_are_refused():

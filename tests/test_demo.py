@@ -1,6 +1,7 @@
 """fx.demo: its command line, the three extractions it asks for, and what it prints and draws of them."""
 
 import json
+import re
 import runpy
 import sys
 
@@ -62,6 +63,20 @@ def test_arguments_are_read():
     assert vars(demo.arguments(words)) == expected
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("sampling_steps=3 images_per_training=5", "cannot set images_per_training: use --images and --seed"),
+        ("lora.seed=5", "cannot set seed: use"),
+        ("sampling_steps='3", "No closing quotation"),
+    ],
+)
+def test_what_a_change_could_not_change_is_refused(change, message, capsys):
+    with pytest.raises(SystemExit):
+        demo.arguments(["--change", change])
+    assert message in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("words", [["--method", "magic"], ["--images", "many"], ["--unheard-of"]])
 def test_arguments_refuse_what_they_do_not_know(words, capsys):
     with pytest.raises(SystemExit) as error:
@@ -73,7 +88,7 @@ def test_arguments_refuse_what_they_do_not_know(words, capsys):
 @pytest.mark.parametrize("method", ["dreambooth", "lora"])
 def test_specs_are_three_arms_of_one_fine_tune_with_the_chosen_settings(method):
     words = ["object/rooster", "--method", method, "--images", "7", "--seed", "2", "--caption", "a bird"]
-    (asked,) = demo.specs(demo.arguments([*words, "--change", "sampling_steps=3 images_per_training=5 batch_size=9"]))
+    (asked,) = demo.specs(demo.arguments([*words, "--change", "sampling_steps=3 batch_size=9"]))
     chosen = settings.load()[method]
     assert all(isinstance(spec, Score) and isinstance(spec.extract, Extract) for spec in asked)
     generates = [spec.extract.generate for spec in asked]
@@ -82,7 +97,6 @@ def test_specs_are_three_arms_of_one_fine_tune_with_the_chosen_settings(method):
     assert [generate.correction_scale for generate in generates] == [0.0, 0.0, chosen.correction_scale]
     n_training = datasets.load_item("object/rooster").n_training
     assert {spec.extract.n_training for spec in asked} == {n_training}
-    # --images is the shorter way to say images_per_training, and wins
     assert {(g.n_generated, g.seed, g.steps, g.caption) for g in generates} == {(7 * n_training, 2, 3, None)}
     (tune,) = {generate.model for generate in generates}
     assert tune.training == (TrainingItem("object/rooster", "a bird"),)
@@ -186,16 +200,17 @@ def test_main_prints_the_scores_of_each_arm_and_saves_the_picture(finished, tmp_
     ]
     (path,) = (tmp_path / "runs/demo").iterdir()
     assert str(path) in printed
-    assert path.name == "photos-dreambooth-N10-seed0.png"
+    assert re.fullmatch(r"photos-dreambooth-N10-seed0-[0-9a-f]{8}\.png", path.name)
     with Image.open(path) as image:
         assert image.format == "PNG"
 
 
 def test_the_picture_goes_into_the_work_area_unless_the_figure_is_asked_for(finished, tmp_path, capsys):
     demos = [[], ["--method", "lora"], ["--seed", "1"], ["--images", "5"], ["object/rooster"]]
+    demos += [["object/rooster", "--caption", "a bird"], ["object/rooster", "--change", "sampling_steps=3"]]
     asked = [demo.arguments(words) for words in demos]
     paths = {demo.picture_path(options, item) for options in asked for item in options.items}
-    assert len(paths) == 4 * 2 + 1
+    assert len(paths) == 4 * 2 + 3
     assert {path.parent for path in paths} == {tmp_path / "runs/demo"}
     for item in demo.TYPICAL:
         figure = demo.picture_path(demo.arguments(["--write-figure"]), item)

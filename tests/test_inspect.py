@@ -9,11 +9,12 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+from huggingface_hub import ModelCardData
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import save_file
 
 from fx import inspect as command
-from fx.inspect import distances, inspect, place_of, rank_bases
+from fx.inspect import as_text, distances, inspect, place_of, rank_bases
 from fx.models import load_pair, load_pipeline
 
 ATTENTION = "down_blocks_{}_attentions_0_transformer_blocks_0_attn2_to_{}"
@@ -157,6 +158,13 @@ def test_a_model_card_names_base_and_caption(tmp_path):
     found = inspect(str(tmp_path))
     assert found.base_names == ("someone/base",)
     assert found.leads == (("a photo of sks dog", "the model card"),)
+    long = "a watercolour drawing of an old harbour with three small fishing boats and it's a: dog " * 3
+    entries = ModelCardData(instance_prompt=long.strip(), license="mit").to_yaml()
+    (tmp_path / "README.md").write_text(f"---\n{entries}\n---\n")
+    assert inspect(str(file)).leads == ((long.strip(), "the model card"),), "folded by whoever wrote it"
+    assert f"… ({len(long) - 1} characters)" in as_text(inspect(str(file)))
+    (tmp_path / "README.md").write_text("---\ninstance_prompt: a dog: sks\nbase_model: !!python/object:x\n---\n")
+    assert inspect(str(file)).leads == (("a dog: sks", "the model card"),), "no YAML, but plain lines"
     (tmp_path / "README.md").write_bytes(b"---\n\xff\xfe: \x00\n")
     assert inspect(str(file)).leads == ()
 

@@ -61,6 +61,8 @@ def test_the_base_of_an_adapter_is_the_one_it_names_or_the_only_one_that_fits(ma
     every = [bases[name] for name in ("first", "relative", "stranger")]
     known = leads.inspect(says).base_names
     assert leads.base_of(says, every, known) == (bases["relative"], "what it says")
+    named = leads.base_of(says, every, [f"Somebody/{bases['relative'].rpartition('/')[2]}@v1"])
+    assert named == (bases["relative"], "what it says")
     assert leads.base_of(silent, [bases["sdxl"], bases["first"]]) == (bases["first"], "its shapes")
     with pytest.raises(ValueError, match=r"none of the base models fits \(.*sdxl: does not fit"):
         leads.base_of(silent, [bases["sdxl"]])

@@ -91,6 +91,13 @@ def test_nothing_is_overwritten(base, folder, tmp_path):
         protect.run(folder, out, settings(base))
     assert [path.name for path in out.iterdir()] == ["mine.png"]
     protect.run(folder, other := tmp_path / "other", settings(base))
+    (other / ".DS_Store").write_bytes(b"a file manager's")
+    protect.run(folder, other, settings(base))
+    for content in ("{}", "[]", "no JSON", '{"settings": {}}'):
+        (strange := tmp_path / "strange").mkdir(exist_ok=True)
+        (strange / protect.RECORD).write_text(content)
+        with pytest.raises(ValueError, match=r"is not what fx\.protect wrote: name another folder"):
+            protect.run(folder, strange, settings(base))
     with pytest.raises(ValueError, match=r"were changed with .*'eps': 6.*: name another folder"):
         protect.run(folder, other, settings(base, eps=7))
     with pytest.raises(ValueError, match="is the folder of the originals"):

@@ -232,6 +232,7 @@ def test_a_contrast_for_a_cost_takes_its_share_in_whole_steps():
     assert refine.contrast(126, 0.5) == Contrastive(steps=10)
     assert refine.contrast(126, 0.25, base_sees_caption=False) == Contrastive(steps=5, base_sees_caption=False)
     assert refine.evaluations(refine.contrast(500), None, 2) == 2 * 0.6 * 500
+    assert refine.contrast(180, 0.7).steps == 21  # of 126, which 180 * .7 is a little less than
 
 
 def test_consensus_walks_with_the_captions_own_scale(model):

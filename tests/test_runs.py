@@ -205,7 +205,11 @@ def test_pack_refuses_a_damaged_step_and_leaves_no_half_written_file(area, tmp_p
     file.write_text("mine")
     assert "exists: name another file" in said(capsys, "pack", file)[2]
     assert file.read_text() == "mine"
-    assert "no finished step of these kinds" in said(capsys, "pack", tmp_path / "no.tar.xz", "--kinds", "magic")[2]
+    for words in (["pack", tmp_path / "no.tar.xz"], ["verify"], ["prune"], ["list"]):
+        code, _, told = said(capsys, *words, "--kinds", "sum", "magic")
+        assert code == 2
+        assert "no steps of the kind magic: here are grown, scratch, sum" in told
+    assert "no finished step of these kinds" in said(capsys, "pack", tmp_path / "no.tar.xz")[2]
 
 
 def foreign(tmp_path: Path, name: str, change) -> Path:
@@ -243,6 +247,20 @@ def test_unpack_refuses_what_is_no_archive(tmp_path, capsys):
     file.write_text("no archive")
     assert "it must be one that fx.runs pack wrote" in said(capsys, "unpack", file)[2]
     assert "does not exist" in said(capsys, "unpack", tmp_path / "none.tar.xz")[2]
+
+
+def test_unpack_refuses_a_damaged_archive_and_one_with_a_file_beside_the_steps(area, tmp_path, capsys):
+    command.pack(file := tmp_path / "sums.tar.xz", ["sum"])
+    whole = file.read_bytes()
+    for place in range(0, len(whole), max(len(whole) // 20, 1)):
+        file.write_bytes(whole[:place] + bytes([whole[place] ^ 0xFF]) + whole[place + 1 :])
+        code, out, told = said(capsys, "unpack", file)
+        assert (code, "cannot be" in told) == (2, True) or out.startswith("0 steps taken over"), place
+    (loose := tmp_path / "made").mkdir()
+    (loose / "notes.txt").write_text("mine")
+    with tarfile.open(other := tmp_path / "loose.tar.xz", "w:xz") as archive:
+        archive.add(loose, ".")
+    assert "notes.txt in" in said(capsys, "unpack", other)[2]
 
 
 def test_the_module_is_a_command():

@@ -181,7 +181,7 @@ def test_the_page_says_for_each_claim_what_was_found(outputs, tmp_path, monkeypa
     table = summary.judged("p")
     assert table.verdict.tolist() == [HOLDS, MISSING, PICTURE]
     page = summary.as_markdown(table, "p")
-    assert "Of 2 claims: 1 holds, 1 not run." in page
+    assert "Of 2 claims that can be tested: 1 holds, 1 not run." in page
     assert "✓ CFG +0.150 (0.100 to 0.200)" in page
     assert "[f](../../../figures/f-p.png)" in page
     assert "[03](../../../notebooks/03-extraction.ipynb)" in page
@@ -195,7 +195,17 @@ def test_of_many_comparisons_the_page_gives_the_number_and_the_ends(outputs, mon
         pd.DataFrame({"arm": list("abcdefghi"), "difference": numbers, "low": numbers - 0.05, "high": numbers + 0.05}),
     )
     page = summary.as_markdown(summary.judged("p"), "p")
-    assert "8 of 9<br>a +0.000 (-0.050 to 0.050)<br>i +0.800 (0.750 to 0.850)" in page
+    assert (
+        "8 of 9 as claimed; the lowest and the highest:<br>a +0.000 (-0.050 to 0.050)<br>i +0.800 (0.750 to 0.850)"
+        in page
+    )
+
+
+def test_a_ratio_is_no_difference_on_the_page(outputs, monkeypatch):
+    of_ratio = claim(table="table06-ratios", expected="", within=(0.9, 1.1))
+    monkeypatch.setattr(summary, "claims", lambda: [of_ratio])
+    outputs("table06-ratios", pd.DataFrame({"arm": ["cfg"], "ratio": [1.3], "low": [1.2], "high": [1.4]}))
+    assert "✗ CFG 1.300 times (1.200 to 1.400)" in summary.as_markdown(summary.judged("p"), "p")
 
 
 def test_the_figure_shows_every_difference_with_its_interval(outputs, monkeypatch):

@@ -1,5 +1,7 @@
 """p-values of suspects among controls: valid whatever the scores are, and small where suspects were trained on."""
 
+import itertools
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -45,13 +47,45 @@ def test_several_weak_witnesses_are_stronger_together():
     assert together > max(alone)
 
 
-def test_the_sets_test_is_the_rank_sum_test_for_one_witness():
+def by_hand(suspects: list, controls: list) -> float:
+    """The set's p-value over all choices, from the rank sum test and Benjamini and Hochberg's smallest adjusted p-value."""
+    pool = [*suspects, *controls]
+    found = []
+    for chosen in itertools.combinations(range(len(pool)), len(suspects)):
+        ours = np.array([pool[i] for i in chosen])
+        theirs = np.array([pool[i] for i in range(len(pool)) if i not in chosen])
+        simes = stats.false_discovery_control(verdict.p_values(ours, theirs)).min()
+        found.append((-stats.mannwhitneyu(ours, theirs).statistic, round(simes, 9)))
+    shares = [[sum(other[k] <= one[k] for other in found) / len(found) for k in (0, 1)] for one in found]
+    smaller = [min(both) for both in shares]
+    return sum(value <= smaller[0] for value in smaller) / len(found)
+
+
+@given(st.lists(st.integers(0, 6), min_size=1, max_size=3), st.lists(st.integers(0, 6), min_size=1, max_size=5))
+def test_the_sets_test_is_exact_where_all_choices_can_be_made(suspects, controls):
+    assert verdict.of_the_set(suspects, controls) == pytest.approx(by_hand(suspects, controls))
+
+
+@given(st.floats(-5, 5), st.lists(st.floats(-5, 5), min_size=1, max_size=30))
+def test_a_set_of_one_image_has_the_images_p_value(suspect, controls):
+    assert verdict.of_the_set([suspect], controls) == pytest.approx(verdict.p_values([suspect], controls)[0])
+
+
+def test_of_too_many_choices_some_are_tried():
     draw = np.random.default_rng(3)
-    suspects, controls = draw.normal(0.7, 1, 9), draw.normal(0, 1, 12)
-    exact = stats.mannwhitneyu(suspects, controls, alternative="greater", method="exact").pvalue
-    assert verdict.of_the_set(suspects, controls, draws=20_000) == pytest.approx(exact, abs=0.006)
+    suspects, controls = draw.normal(0.7, 1, 5), draw.normal(0, 1, 9)
+    assert verdict.of_the_set(suspects, controls, draws=2001) == verdict.of_the_set(suspects, controls)  # all there are
     assert verdict.of_the_set(suspects + 100, controls, draws=999) == pytest.approx(1 / 1000, abs=1e-3)
     assert verdict.of_the_set(suspects - 100, controls, draws=999) == 1.0
+
+
+def test_one_of_many_is_found_where_it_stands_out():
+    draw = np.random.default_rng(5)
+    suspects, controls = draw.normal(0, 1, 40), draw.normal(0, 1, 1999)
+    suspects[7] = 100
+    assert verdict.discoveries(verdict.p_values(suspects, controls)).sum() == 1
+    assert verdict.of_the_set(suspects, controls) <= 0.05
+    assert stats.mannwhitneyu(suspects, controls, alternative="greater").pvalue > 0.05
 
 
 def test_a_part_of_the_set_is_enough():
@@ -88,5 +122,7 @@ def test_scores_that_are_none_are_refused(bad):
     for call in (lambda: verdict.p_values(bad, [1.0]), lambda: verdict.of_the_set([1.0], bad)):
         with pytest.raises(ValueError, match="finite numbers"):
             call()
+    with pytest.raises(ValueError, match="of one witness are asked for, not of 2"):
+        verdict.p_values([[1.0, 2.0]], [[1.0, 2.0]])
     with pytest.raises(ValueError, match="2 scores each and controls 1"):
         verdict.combined([[1.0, 2.0]], [[1.0]])
