@@ -483,6 +483,21 @@ def test_published_baselines_keep_the_stock_sampler(pair):
     assert type(sampling.arm_scheduler(pair.tuned, "published", "direct")) is PNDMScheduler
 
 
+@pytest.mark.parametrize(("arm", "w"), [("direct", 1.0), ("cfg", 3.0), ("finextract", 3.0)])
+@pytest.mark.parametrize("sampler", ["published", "ddim"])
+def test_what_a_generate_costs_is_what_it_evaluates(pair, monkeypatch, sampler, arm, w):
+    seen = []
+    predict = ModelPair.predictions
+
+    def counted(self, *ends):
+        return lambda x, t: seen.append(len(x)) or predict(self, *ends)(x, t)
+
+    monkeypatch.setattr(ModelPair, "predictions", counted)
+    sampling.sample(pair, CAPTION, 2, arm, w, steps=4, sampler=sampler)
+    spec = Generate(MIMOOH, arm, w, n_generated=2, steps=4, sampler=sampler)
+    assert sum(seen) * sampling.ARMS[arm].predictions == sampling.evaluations(spec)
+
+
 # seeds and batches
 
 
