@@ -18,20 +18,7 @@ MISSING = re.compile(r"([\w-]+)(?:-mini\.png|\.csv): there is no complete run")
 # What notebooks show of the complete run and what is not there yet, since the complete run of these takes hours that have
 # not been spent: their sentence is stored instead. A test asks that nothing stands here that is committed.
 NOT_YET = {
-    "fig05a",
-    "fig05a-hump",
-    "fig05b",
-    "fig05b-against-0",
-    "fig06",
-    "fig09",
-    "fig10",
-    "fig10-controls",
-    "fig10-differences",
     "nb05-ranks",
-    "nb05-schedules",
-    "nb05-solvers",
-    "nb05-steps",
-    "nb05-steps-differences",
     "nb07-chance",
     "nb07-extraction",
     "nb07-extraction-differences",
