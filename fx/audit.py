@@ -16,7 +16,9 @@ import builtins
 import hashlib
 import io
 import json
+import os
 import shlex
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -36,6 +38,7 @@ from fx.models import model_folder
 from fx.paths import NOTEBOOKS
 from fx.sampling import generated_pictures
 from fx.settings import Settings
+from fx.similarity import descriptor_path
 from fx.tuned import Checkpoint
 from fx.witnesses import Contrast, Recovery, Resemblance, scores
 
@@ -386,6 +389,7 @@ def strip(found: Findings, witness: str, width: int = 560) -> dict[str, list[flo
 
 # the command
 
+SUFFIXES = (".html", ".json", ".ipynb")  # of what an audit leaves: the page, the answer for scripts, the notebook
 FOUND = 10  # the exit code where there is evidence
 
 
@@ -431,6 +435,8 @@ def main(words: list[str] | None = None) -> int:
     given = arguments(words)
     check(given)
     report = expanded(given.report).absolute()
+    part = report.parent / f".{report.stem}.part"  # until all of it is there
+    part.mkdir(exist_ok=True)
     values = {
         "checkpoint": str(absolute(given.checkpoint)),
         "bases": shlex.join(str(absolute(base)) for base in given.base),
@@ -442,9 +448,9 @@ def main(words: list[str] | None = None) -> int:
         "recovery_steps": given.recovery_steps,
         "settings_name": given.settings,
         "change": given.change,
-        "report": str(report),
+        "report": str(part / report.name),
     }
-    executed = report.with_suffix(".ipynb")
+    executed = part / f"{report.stem}.ipynb"
     try:
         with kernel.own():
             papermill.execute_notebook(
@@ -453,17 +459,22 @@ def main(words: list[str] | None = None) -> int:
     except papermill.exceptions.PapermillExecutionError as error:
         known = vars(builtins) | {"JSONDecodeError": json.JSONDecodeError}
         if issubclass(known.get(error.ename, object), (ValueError, OSError)):  # wrong input, said in one line
+            shutil.rmtree(part)
             raise ValueError(error.evalue) from None
         raise
+    for suffix in reversed(SUFFIXES):
+        os.replace(part / f"{report.stem}{suffix}", report.with_suffix(suffix))
+    shutil.rmtree(part)
     answer = json.loads(report.with_suffix(".json").read_text("utf-8"))
-    print("\n".join([answer["sentence"], f"report: {report}", f"notebook: {executed}"]))
+    print("\n".join([answer["sentence"], f"report: {report}", f"notebook: {report.with_suffix('.ipynb')}"]))
     return FOUND if answer["evidence"] in ("some", "strong") else 0
 
 
 def check(given: argparse.Namespace) -> None:
     """What can be said against the input before anything is loaded: ValueError or FileNotFoundError."""
     check_report(given.report)
-    settings.load(given.settings, given.change)
+    for own in settings.load(given.settings, given.change).values():
+        descriptor_path(own.descriptor)
     for base in given.base:
         model_folder(base)
     if not given.checkpoint:
@@ -496,8 +507,9 @@ def check_report(name: str) -> None:
         )
     if not path.parent.is_dir():
         raise FileNotFoundError(f"no folder {expanded(name).parent} for the report: make it first")
-    if path.exists():
-        raise ValueError(f"{name} is there already and is not overwritten: move it, or name another by --report")
+    for other in map(path.with_suffix, SUFFIXES):
+        if other.exists():
+            raise ValueError(f"{other} is there already and is not overwritten: move it, or name another by --report")
 
 
 def expanded(name: str) -> Path:

@@ -103,7 +103,7 @@ def picture_path(options: argparse.Namespace, item: str) -> Path:
     told = [Path(item).name if folder else item.replace("/", "-"), options.method]
     told += [f"N{options.images}", f"seed{options.seed}"]
     if folder or options.caption or options.change:  # which no name of a file can hold
-        known = [str(Path(item).resolve()), options.caption or "", options.change]
+        known = [str(Path(item).resolve()) if folder else item, options.caption or "", options.change]
         told.append(hashlib.sha256("\n".join(known).encode(errors="surrogateescape")).hexdigest()[:8])
     return results.RUNS / "demo" / f"{'-'.join(told)}.png"
 

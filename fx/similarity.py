@@ -137,7 +137,7 @@ def descriptor_path(name: str | Path) -> tuple[Path, str | None]:
     if path is None:
         raise FileNotFoundError(
             f"unknown descriptor {str(name)!r}: it is neither 'mini-sscd' nor a folder with config.json and "
-            "model.safetensors nor a TorchScript file FILE@sha256:DIGEST"
+            f"model.safetensors nor a TorchScript file FILE@sha256:DIGEST, here or in {EXTERNAL}"
         )
     beside = path.with_name(f"{path.name}.sha256")
     if not digest and beside.is_file():

@@ -137,7 +137,8 @@ class Runner:
             process.start()
             return process
         own = {"FX_RUNS": str(area), "FX_OUTPUTS": str(area / "outputs"), "OMP_NUM_THREADS": "1"}
-        (area / "report.html").unlink(missing_ok=True)  # a finished one would not be overwritten
+        for report in area.glob("report.*"):
+            report.unlink()  # a finished one would not be overwritten
         command = [word.format(area=area) for word in COMMANDS[self.case]]
         log = open(area.parent / f"{area.name}.log", "ab")  # noqa: SIM115, the process has it
         return subprocess.Popen(command, cwd=ROOT, env=os.environ | own, stdout=log, stderr=log)

@@ -398,6 +398,8 @@ def run_as_asked(monkeypatch, tmp_path):
         asked.append(values)
         answer = {"evidence": "strong", "p": 0.001, "sentence": "There is strong evidence."}
         Path(values["report"]).with_suffix(".json").write_text(json.dumps(answer))
+        Path(values["report"]).write_text("page")
+        Path(target).write_text("executed")
 
     monkeypatch.setattr(audit.papermill, "execute_notebook", execute)
     monkeypatch.chdir(tmp_path)
@@ -410,7 +412,9 @@ def test_the_command_hands_everything_to_the_notebook_and_says_what_came_out(run
     (values,) = run_as_asked
     assert values["checkpoint"] == checkpoint
     assert (values["caption"], values["n_generated"], values["n_training"]) == ("", 8, 2)
-    assert Path(values["report"]) == Path.cwd() / "out.html"
+    left = {path.name for path in Path.cwd().iterdir() if path.name.startswith((".", "out"))}
+    assert left == {"out.html", "out.json", "out.ipynb"}
+    assert Path("out.html").read_text() == "page"
     assert capsys.readouterr().out.startswith("There is strong evidence.\nreport: ")
     known = {cell["name"] for cell in audit.papermill.inspect_notebook(str(audit.NOTEBOOK)).values()}
     assert set(values) <= known
@@ -430,6 +434,7 @@ def test_without_a_checkpoint_it_is_the_example(run_as_asked):
         (["mini-sd", "--suspects", "none"], "no folder none"),
         (["mini-sd", "--images", "3"], "n_generated 3 must be at least 6"),
         (["mini-sd", "--settings", "none"], "no settings 'none'"),
+        (["mini-sd", "--change", "descriptor=none.pt"], "unknown descriptor 'none.pt'"),
         (["mini-sd", "--report", "none/out.html"], "no folder none for the report"),
         (["--report", "none/out.html"], "no folder none for the report"),
         (["--report", "out.json"], r"out\.json must end in \.html"),
@@ -452,6 +457,7 @@ def test_what_the_notebook_refuses_is_one_line(run_as_asked, monkeypatch, name):
     monkeypatch.setattr(audit.papermill, "execute_notebook", refuse)
     with pytest.raises(ValueError, match=r"^the LoRA changes nothing$"):
         audit.main(["mini-sd"])
+    assert not list(Path.cwd().glob(".*"))
 
 
 def test_a_defect_in_the_notebook_keeps_its_traceback(run_as_asked, monkeypatch):
@@ -468,7 +474,9 @@ def test_a_report_is_not_overwritten_and_a_base_may_have_blanks_in_its_path(run_
     words = ["mini-sd", "--base", "My Models/tiny sd", "mini-sd", "--report", "out.html"]
     audit.main(words)
     assert shlex.split(run_as_asked[0]["bases"]) == [str(tmp_path / "My Models/tiny sd"), "mini-sd"]
-    (tmp_path / "out.html").write_text("the first")
-    with pytest.raises(ValueError, match=r"out\.html is there already and is not overwritten"):
-        audit.main(words)
+    for suffix in (".html", ".json", ".ipynb"):
+        (tmp_path / f"mine{suffix}").write_text("mine")
+        with pytest.raises(ValueError, match=rf"mine\{suffix} is there already and is not overwritten"):
+            audit.main([*words[:-1], "mine.html"])
+        (tmp_path / f"mine{suffix}").unlink()
     assert len(run_as_asked) == 1

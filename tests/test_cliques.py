@@ -613,9 +613,11 @@ def test_a_copy_is_passed_over_for_a_further_clique():
     np.fill_diagonal(similarity, 1)
     assert extract(similarity, 3, threshold=0.65).centres == (1, 4, 6)
     assert extract_distinct(similarity, 3, 0.7, threshold=0.65).centres == (1, 6, 4)
-    plain, distinct = extract(similarity, 4), extract_distinct(similarity, 4, 0.7)
-    assert similarity[np.ix_(plain.centres, plain.centres)].max() == 1  # beside itself
-    assert len({*distinct.centres}) == 4
+    similarity[np.ix_(range(3), range(3, 6))] = similarity[np.ix_(range(3, 6), range(3))] = 0.1
+    similarity[1, 4] = similarity[4, 1] = 0.75  # so that two cliques are enough for N0 = 2, and a third is there
+    assert extract(similarity, 2).centres == (1, 4)
+    assert extract_distinct(similarity, 2, 0.7).centres == (1, 6)
+    assert extract_distinct(similarity, 2, 0.76).centres == (1, 4), "no copies"
 
 
 def test_where_nothing_is_a_copy_the_extraction_is_the_rules_own():
