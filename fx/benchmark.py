@@ -69,7 +69,9 @@ def compare_settings(sets: list[str], images: int, repeats: int) -> pd.DataFrame
 
 def run_apart(words: list[str]) -> dict:
     """What the benchmark prints as JSON when it is called with these words in a process of its own."""
-    done = subprocess.run([sys.executable, "-m", "fx.benchmark", *words], capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-m", "fx.benchmark", *words], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise ValueError((done.stderr.strip().splitlines() or ["no message"])[-1])
     return json.loads(done.stdout.splitlines()[-1])
 
 

@@ -1,9 +1,10 @@
 """A finished run as an archive that others can read: python -m fx.crate FILE.zip [--profile mini].
 
-An RO-Crate (Soiland-Reyes et al., 2022) of what a profile's notebooks have saved: its tables and figures, the executed
-notebooks, the manifests of all steps behind them, and the pinned environment. Its ro-crate-metadata.json has, for each
-notebook, a CreateAction: the notebook as instrument, the manifests as what it used, tables and figures as what it made
-(Process Run Crate). Images and checkpoints stay in the work area: the manifests hold their SHA-256.
+An RO-Crate (Soiland-Reyes et al., 2022) of what a profile's notebooks have saved: its tables and figures, the notebooks
+that this profile has executed (of mini those of the repository, too), the manifests of all steps behind them, and the pinned
+environment. Its ro-crate-metadata.json has, for each notebook, a CreateAction: this software as instrument, the manifests as
+what it used, tables and figures as what it made (Process Run Crate). Images and checkpoints stay in the work area: the
+manifests hold their SHA-256.
 """
 
 import argparse
@@ -57,7 +58,8 @@ def write(file: Path, profile: str = COMPLETE) -> dict[str, int]:
             "application/json" if extra.suffix == ".json" else "text/markdown",
         )
     executed = results.RUNS / "executed" / profile
-    notebooks = {path.name: path for folder in (NOTEBOOKS, executed) for path in sorted(folder.glob("[0-9]*.ipynb"))}
+    folders = (NOTEBOOKS, executed) if profile == COMPLETE else (executed,)
+    notebooks = {path.name: path for folder in folders for path in sorted(folder.glob("[0-9]*.ipynb"))}
     notebooks = {name: add(path, f"notebooks/{name}", "application/x-ipynb+json") for name, path in notebooks.items()}
     figures = sorted(FIGURES.glob(f"*-{profile}.png"))
     made = {path: add(path, f"data/results/{profile}/{path.name}", "text/csv") for path in tables}

@@ -202,7 +202,7 @@ def perturb(
     return changed.round().byte().permute(0, 2, 3, 1).cpu().numpy()
 
 
-def check_perturbation(method: str, eps: int, steps: int, step_size: float) -> None:
+def check_perturbation(method: str, eps: int, steps: int, step_size: float, seed: int = 0) -> None:
     """ValueError for what `perturb` cannot do."""
     if method not in PERTURBATIONS:
         raise ValueError(f"unknown perturbation {method!r}: choose from {', '.join(PERTURBATIONS)}")
@@ -210,6 +210,8 @@ def check_perturbation(method: str, eps: int, steps: int, step_size: float) -> N
         raise ValueError(f"eps {eps} must be a whole number of grey levels, 1 to 255 (8 is hardly seen, 16 is)")
     if steps < 1 or not 0 < step_size <= 255:
         raise ValueError(f"steps {steps} must be at least 1, step_size {step_size} above 0 and at most 255 grey levels")
+    if seed < 0:
+        raise ValueError(f"seed {seed} must be at least 0")
 
 
 def _draws(pipeline: DiffusionPipeline, pixels: Tensor, seed: int, numbers: Sequence[int], step: int) -> Draws:

@@ -8,7 +8,7 @@ from typing import ClassVar
 import numpy as np
 from torch import nn
 
-from fx import checkpoints, metrics, quality, results
+from fx import metrics, quality, results
 from fx.datasets import Item, from_uint8, load_images, load_item, open_image, to_uint8
 from fx.extraction import Extract, extracted_descriptors, extracted_pictures, extraction_sets
 from fx.families import image_size, round_trip
@@ -129,7 +129,7 @@ def _images_and_judge(spec: Score | Reference) -> dict[str, str]:
     thresholds(spec)
     named = {f"image {number}": results.sha256_of(path) for number, path in enumerate(training)}
     named |= {f"control {number}": results.sha256_of(path) for number, path in enumerate(controls)}
-    return named | ({"judge": results.sha256_of(checkpoints.find(spec.judge))} if spec.judge else {})
+    return named | ({"judge": results.sha256_of(quality.checked(spec.judge))} if spec.judge else {})
 
 
 @results.inputs.register
@@ -239,9 +239,7 @@ def compare(spec: Score | Reference, training: View, extracted: View, controls: 
 @results.inputs.register
 def _(spec: Quality) -> dict[str, str]:
     training = [path for item in known_items(spec.training, spec.generate.model) for path in item.training]
-    judges = {
-        name: results.sha256_of(checkpoints.find(getattr(spec, name))) for name in ("iqa_judge", "fidelity_judge")
-    }
+    judges = {name: results.sha256_of(quality.checked(getattr(spec, name))) for name in ("iqa_judge", "fidelity_judge")}
     return judges | {f"image {number}": results.sha256_of(path) for number, path in enumerate(training)}
 
 

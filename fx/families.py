@@ -198,28 +198,29 @@ def _(pipeline: FluxPipeline, caption: str) -> Condition:
 def denoise(model: nn.Module, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
     """The network's prediction for latents x [n, c, h, w] at one timestep or [n] of them, in x's own precision."""
     condition = condition.expand(len(x)) if len(condition.text) == 1 else condition
-    text = condition.text.to(model.dtype)
-    added = {name: value.to(model.dtype) for name, value in condition.added.items()}
+    dtype = next(model.parameters()).dtype  # model.dtype walks through all of its modules, each time
+    latents, text = x.to(dtype), condition.text.to(dtype)
+    added = {name: value.to(dtype) for name, value in condition.added.items()}
     if isinstance(model, FluxTransformer2DModel):
-        prediction = _denoise_packed(model, x, t.expand(len(x)), text, added)
+        prediction = _denoise_packed(model, latents, t.expand(len(x)), text, added)
     elif "pooled_projections" in added:
-        prediction = model(x.to(model.dtype), timestep=t.expand(len(x)), encoder_hidden_states=text, **added).sample
+        prediction = model(latents, timestep=t.expand(len(x)), encoder_hidden_states=text, **added).sample
     else:
-        prediction = model(x.to(model.dtype), t, encoder_hidden_states=text, added_cond_kwargs=added or None).sample
+        prediction = model(latents, t, encoder_hidden_states=text, added_cond_kwargs=added or None).sample
     return prediction.to(x.dtype)
 
 
 def _denoise_packed(model: FluxTransformer2DModel, x: Tensor, t: Tensor, text: Tensor, added: dict) -> Tensor:
     """FLUX.1's: 2x2 latents are one token, which is told its row and column; a caption's tokens have no place."""
     n, _, height, width = x.shape
-    ids = FluxPipeline._prepare_latent_image_ids(n, height // 2, width // 2, x.device, model.dtype)
+    ids = FluxPipeline._prepare_latent_image_ids(n, height // 2, width // 2, x.device, x.dtype)
     told = torch.full((n,), UNGUIDED, device=x.device) if model.config.guidance_embeds else None
     packed = model(
-        pack(x).to(model.dtype),
+        pack(x),
         encoder_hidden_states=text,
         timestep=t / 1000,
         img_ids=ids,
-        txt_ids=torch.zeros(text.shape[1], 3, device=x.device, dtype=model.dtype),
+        txt_ids=torch.zeros(text.shape[1], 3, device=x.device, dtype=x.dtype),
         guidance=told,
         **added,
     ).sample

@@ -497,6 +497,9 @@ def _class_loss(pipeline: DiffusionPipeline, spec: FineTune, scratch: Path) -> C
         found = []
         pipeline.set_progress_bar_config(desc=f"images of {prior.caption!r}", leave=False, mininterval=2)
         for first in range(0, prior.images, 25):
+            if (batch := scratch / f"class-{first:06d}.pt").exists():
+                found.append(torch.load(batch, weights_only=True))
+                continue
             generators = [
                 torch.Generator().manual_seed(spec.seed * 1_000_003 + number)
                 for number in range(first, min(first + 25, prior.images))
@@ -509,6 +512,8 @@ def _class_loss(pipeline: DiffusionPipeline, spec: FineTune, scratch: Path) -> C
                 **_guided(pipeline, prior.guidance_scale),
             ).images
             found.append(unpack(drawn, *latent_shape(pipeline)[1:]) if isinstance(pipeline, FluxPipeline) else drawn)
+            torch.save(found[-1], part := batch.with_suffix(".part"))
+            os.replace(part, batch)
         pipeline.set_progress_bar_config(disable=True)
         torch.save(torch.cat(found), part := scratch / "class.pt.part")
         os.replace(part, kept)
@@ -595,8 +600,8 @@ def latent_source(pipeline: DiffusionPipeline, images: Tensor, named: str):
     vae, (scale, shift) = pipeline.vae, latent_statistics(pipeline.vae)
     if named == "none":
         with torch.no_grad():
-            known = vae.encode(images.to(vae.device, vae.dtype)).latent_dist
-        mean, std = known.mean, known.std
+            known = [vae.encode(part.to(vae.device, vae.dtype)).latent_dist for part in images.split(16)]
+        mean, std = torch.cat([part.mean for part in known]), torch.cat([part.std for part in known])
         return lambda n: (mean[n] + std[n] * torch.randn(mean[n].shape).to(mean.device) - shift) * scale
 
     change = transform(named)

@@ -44,7 +44,7 @@ TRAINING = ("ss_learning_rate", "ss_unet_lr", "ss_text_encoder_lr", "ss_steps", 
 TRAINING += ("ss_network_dim", "ss_network_alpha", "ss_network_module", "ss_resolution", "ss_seed", "ss_output_name")
 SPECIFICATION = "modelspec."
 LONGEST = 200  # characters of an entry that are shown
-FRONT = re.compile(r"\A---\s*\n(.*?)\n---", re.DOTALL)
+FRONT = re.compile(r"\A---[ \t]*\n(.*?)\n---", re.DOTALL)
 
 
 @dataclass
@@ -284,8 +284,9 @@ def _header(found: Inspection, path: Path) -> None:
     for file in weight_files(path)[:1]:
         entries = checkpoints.header(file)
         wanted = [name for name in entries if name in TRAINING or name.startswith(SPECIFICATION)]
-        found.said = {name: shown(entries[name]) for name in sorted(wanted)}
-        found.base_names = tuple(dict.fromkeys(filter(None, [found.metadata.base, *_named_bases(path)])))
+        found.said = {shown(name): shown(entries[name]) for name in sorted(wanted)}
+        named = [shown(found.metadata.base or ""), *_named_bases(path)]
+        found.base_names = tuple(dict.fromkeys(filter(None, named)))
         found.said |= {name: str(value) for name, value in checkpoints.stated(file).items()}
 
 
@@ -420,7 +421,7 @@ def as_text(found: Inspection) -> str:
     lines = [
         shown(found.path),
         f"  kind     {found.kind}",
-        f"  family   {found.family}",
+        f"  family   {shown(found.family)}",
         f"  weights  {found.tensors} tensors, {found.bytes / 1e6:.1f} MB ({formats or 'none'})",
     ]
     told = asdict(found.metadata)
@@ -445,7 +446,8 @@ def as_json(found: Inspection) -> str:
     content = {name: value for name, value in vars(found).items() if name not in ("layers", "bases", "metadata")}
     content |= {"metadata": asdict(found.metadata), "leads": [[shown(words), by] for words, by in found.leads]}
     content |= {name: json.loads(getattr(found, name).to_json(orient="records")) for name in ("layers", "bases")}
-    return json.dumps(content, indent=1, ensure_ascii=False)
+    text = json.dumps(content, indent=1, ensure_ascii=False)
+    return text.encode("utf-8", "backslashreplace").decode()  # half a character, which no terminal takes
 
 
 def main(arguments: list[str] | None = None) -> int:

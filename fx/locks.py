@@ -83,11 +83,20 @@ def _claim_of(path: Path) -> Path:
 
 def _take(claim: Path) -> bool:
     """Create the claim, unless there is one: only one of several machines succeeds."""
+    own = claim.with_name(f".{claim.name}-{HOST}-{os.getpid()}-{threading.get_ident()}")
+    own.write_text(f"{HOST}\n{os.getpid()}\n")
     try:
-        with claim.open("x") as file:
-            file.write(f"{HOST}\n{os.getpid()}\n")
+        os.link(own, claim)  # with its content at once: an empty one would look like nobody's
     except FileExistsError:
         return False
+    except OSError:  # a file system without links
+        try:
+            with claim.open("x") as file:
+                file.write(own.read_text())
+        except FileExistsError:
+            return False
+    finally:
+        own.unlink(missing_ok=True)
     return True
 
 
@@ -98,7 +107,8 @@ def _of_another_machine(path: Path) -> str:
         owner, touched = claim.read_text().partition("\n")[0], claim.stat().st_mtime
     except (OSError, ValueError):
         return ""
-    return owner if owner != HOST and _now(path.parent) - touched < STALE else ""
+    fresh = owner != HOST and _now(path.parent) - touched < STALE
+    return (owner or "a machine that has just begun") if fresh else ""
 
 
 def _now(folder: Path) -> float:

@@ -45,7 +45,7 @@ class Need:
     @property
     def on_hub(self) -> bool:
         """Whether it is a model that loading it would fetch from the Hub."""
-        return "judge" in self.role or self.role == "base model"
+        return "judge" in self.role or self.role in ("base model", "checkpoint")
 
 
 def needs(sections: Iterable[str], changes: str = "") -> list[Need]:
@@ -70,11 +70,23 @@ def needs(sections: Iterable[str], changes: str = "") -> list[Need]:
     return list(found.values())
 
 
+def published() -> list[Need]:
+    """What the paper's Table 7 needs: two base models, and its checkpoints unless one at least is here."""
+    from fx import tables, zoo
+
+    found = dict.fromkeys(zoo.HUB.values(), "base model")
+    checkpoints = dict.fromkeys(tables.paper(7).checkpoint, "checkpoint")  # which may vanish from the Hub one by one
+    found |= {} if any(map(has_model, checkpoints)) else checkpoints
+    return [_need(name, role) for name, role in found.items()]
+
+
 def _need(name: str, role: str) -> Need:
     gigabytes, licence = KNOWN.get(name.partition("@")[0], (None, ""))
     if role == "descriptor":
         return Need(name, role, _has_descriptor(name), SSCD.format(EXTERNAL, Path(name).name), gigabytes, licence)
-    return Need(name, role, has_model(name), HUB.format(name.partition("@")[0]), gigabytes, licence)
+    repository, _, revision = name.partition("@")
+    how = HUB.format(f"{repository} --revision {revision}" if revision else repository)
+    return Need(name, role, has_model(name), how, gigabytes, licence)
 
 
 def _has_descriptor(name: str) -> bool:

@@ -12,7 +12,7 @@ from fx import results
 from fx.datasets import load_images, load_item, to_uint8
 from fx.defenses import check_perturbation, check_purification, perturb, purify
 from fx.families import check_caption, image_size, noising
-from fx.models import load_pipeline, model_folder
+from fx.models import check_fits, load_pipeline, model_folder
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Perturb:
     seed: int = 0
 
     def __post_init__(self):
-        check_perturbation(self.method, self.eps, self.steps, self.step_size)
+        check_perturbation(self.method, self.eps, self.steps, self.step_size, self.seed)
 
 
 @dataclass(frozen=True)
@@ -81,6 +81,7 @@ def _sources(item: str, base: str) -> dict[str, str]:
 
 @results.inputs.register
 def _(spec: Perturb) -> dict[str, str]:
+    check_fits(spec.base, spec.caption)
     return _sources(spec.item, spec.base)
 
 

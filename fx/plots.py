@@ -144,6 +144,7 @@ SYMBOLS = {
     "images_per_training": r"generated images, $N\,/\,N_0$",
     "steps_per_image": "images seen per training image",
     "evaluations": "network evaluations per image",
+    "cost": "network evaluations per item",
     "rank": "rank of the LoRA",
 }
 

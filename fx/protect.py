@@ -2,7 +2,8 @@
 
 python -m fx.protect drawings --out protected --method advdm --eps 8
 
-Every image keeps its name and its size and is written as PNG, since a lossy format would undo a part of the change.
+Every image keeps its name, its size and its colour profile and is written as PNG, since a lossy format would undo a part of
+the change. A transparent one becomes opaque, on white.
 Interrupted and called again, the same command goes on with the images that are missing.
 """
 
@@ -21,8 +22,8 @@ from tqdm import tqdm
 from fx import command
 from fx.datasets import load_item, open_image
 from fx.defenses import PERTURBATIONS, check_perturbation, perturb
-from fx.families import check_caption, image_size, noising, size_factor
-from fx.models import load_pipeline, model_folder
+from fx.families import image_size, noising, size_factor
+from fx.models import check_fits, load_pipeline
 from fx.results import sha256_of
 
 RECORD = "protected.json"
@@ -114,27 +115,38 @@ def record(out: Path) -> dict:
 
 def run(folder: Path, out: Path, settings: Settings) -> list[Path]:
     """Change the images of `folder` that are not done yet; the paths of all changed images."""
-    check_perturbation(settings.method, settings.eps, settings.steps, settings.step_size)
+    check_perturbation(settings.method, settings.eps, settings.steps, settings.step_size, settings.seed)
     names, known = plan(folder, out, settings), record(out)
     done = known.get("images", {})
     sources = {name: sha256_of(path) for name, path in names.items()}
     waiting = [name for name in names if done.get(name) != sources[name] or not (out / name).is_file()]
+    if not waiting:
+        return [out / name for name in names]
+    check_fits(settings.base, settings.caption)
     pipeline = load_pipeline(settings.base)
     noising(pipeline)
-    check_caption(pipeline, settings.caption)
     out.mkdir(parents=True, exist_ok=True)
     with tqdm(total=len(waiting) * settings.steps, desc=settings.method, unit="step", mininterval=1) as bar:
         for name in waiting:
-            image = protected(pipeline, open_image(names[name]), settings, zlib.crc32(name.encode()), bar.update)
-            image.save(part := out / f".{name}.part", "PNG")
+            number = zlib.crc32(os.fsencode(name))
+            image = protected(pipeline, open_image(names[name]), settings, number, bar.update)
+            image.save(part := out / ".next.part", "PNG", icc_profile=colour_profile(names[name]))
+            (out / name).unlink(missing_ok=True)  # of an original that has changed: it must not count as this one
             done |= {name: sources[name]}
             _write(out, {"settings": asdict(settings), "images": done})
             os.replace(part, out / name)
     return [out / name for name in names]
 
 
+def colour_profile(path: Path) -> bytes | None:
+    """The ICC profile that tells what an RGB image's values mean; None for none, and for an image of other colours."""
+    with Image.open(path) as file:
+        return file.info.get("icc_profile") if file.mode in ("RGB", "RGBA") else None
+
+
 def _write(out: Path, content: dict) -> None:
-    (part := out / f".{RECORD}.part").write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", "utf-8")
+    text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
+    (part := out / f".{RECORD}.part").write_bytes(text.encode("utf-8", "surrogatepass"))  # names need not be UTF-8
     os.replace(part, out / RECORD)
 
 
@@ -158,7 +170,6 @@ def main(words: list[str] | None = None) -> None:
     options = vars(parser.parse_args(words))
     folder, out = options.pop("folder"), options.pop("out")
     settings = Settings(**options)
-    model_folder(settings.base)
     written = run(folder, out, settings)
     print(f"{len(written)} images in {out}, each within {settings.eps} of 255 grey levels of its original")
     print(LIMITS)

@@ -11,7 +11,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from fx import results
+from fx import locks, results
 
 NAME = "provenance.json"
 _began: dict[Path, str] = {}  # for each record that this process writes to, the first file that it noted
@@ -29,6 +29,13 @@ class Record:
 def note(file: Path, record: Path) -> None:
     """Record in the folder `record` that this process has just saved `file`, from the steps it has asked for by now."""
     record /= NAME
+    lock = results.RUNS / "locks" / f"provenance-{hashlib.sha256(str(record.resolve()).encode()).hexdigest()[:16]}.lock"
+    results.RUNS.mkdir(parents=True, exist_ok=True)
+    with locks.alone(lock, str(record)):  # another notebook of the profile may save at the same time
+        _note(file, record)
+
+
+def _note(file: Path, record: Path) -> None:
     known, name, steps = _read(record), _name(file), results.asked_for()
     if (first := _began.get(record)) not in known["steps"]:
         first = _began[record] = (

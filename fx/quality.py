@@ -4,6 +4,7 @@ A judge is a network with the way images enter it. A CLIP gives both measures, a
 `mini-clip` plays both roles on the mini models, and `column` names the judge wherever a score is shown.
 """
 
+import functools
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,6 +64,12 @@ def load_judge(name: str | Path) -> Judge:
     if not isinstance(network, CLIPModel):
         return Judge(network, processor)
     return Judge(network, processor, prompt_features(network, folder), network.logit_scale.exp().item())
+
+
+@functools.cache
+def checked(name: str) -> Path:
+    """Where a judge lies, for a step that needs it later: raises now what `load_judge` would raise for its files."""
+    return _folder(name)
 
 
 def _folder(name: str | Path) -> Path:

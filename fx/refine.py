@@ -20,7 +20,7 @@ from tqdm import tqdm
 from fx.families import decode, noising
 from fx.losses import errors, told_apart
 from fx.models import ModelPair
-from fx.sampling import ARMS, BLOCK, Generate, arm_scheduler, noised, predictor, prompt, walk
+from fx.sampling import ARMS, BLOCK, Generate, arm_scheduler, halved, noised, predictor, prompt, walk
 
 PER_STEP = 2 * 3  # evaluations of a step of Contrastive for one image: of both models, a forward and a backward pass
 
@@ -182,31 +182,35 @@ def walk_again(how: Consensus, generate: Generate, pair: ModelPair, x0: Tensor, 
 
 
 def descend(how: Contrastive, pair: ModelPair, x0: Tensor, caption: str, seed: int = 0, chunk: int = BLOCK) -> Tensor:
-    """Latents [n, c, h, w] after Adam; each as if it were alone, since a step's t and noise are the same for all."""
+    """Latents [n, c, h, w] after Adam; each as if it were alone, since a step's t and noise are the same for all.
+
+    `chunk` at a time, or fewer where memory does not suffice.
+    """
     schedule = noising(pair.tuned)
     seen = {"base": caption if how.base_sees_caption else "", "tuned": caption}
     conditions = {model: pair.condition(model, text) for model, text in seen.items()}
     lowest, highest = (round(share * (schedule.levels - 1)) for share in (how.lowest, how.highest))
-    parts = []
-    with tqdm(total=how.steps * -(-len(x0) // chunk), desc="contrast", mininterval=2, leave=False) as bar:
-        for begin in x0.split(chunk):
-            x = begin.clone().requires_grad_()
-            adam = torch.optim.Adam([x], how.learning_rate)
-            draw = torch.Generator().manual_seed(seed)
-            for _ in range(how.steps):
-                number = torch.randint(lowest, highest + 1, (1,), generator=draw)
-                eps = torch.randn(x0.shape[1:], generator=draw).to(x0)
-                down = {}
-                for model, condition in conditions.items():
-                    error = errors(pair, model, schedule, x, eps, number, condition).log().sum()
-                    (down[model],) = torch.autograd.grad(error, x)
-                x.grad = told_apart(down["tuned"] - down["base"], down["tuned"])
-                adam.step()
-                with torch.no_grad():
-                    x.copy_(begin + within(x - begin, how.radius))
-                bar.update()
-            parts.append(x.detach())
-    return torch.cat(parts)
+
+    def of_batch(begin: Tensor) -> Tensor:
+        x = begin.clone().requires_grad_()
+        adam = torch.optim.Adam([x], how.learning_rate)
+        draw = torch.Generator().manual_seed(seed)
+        for _ in range(how.steps):
+            number = torch.randint(lowest, highest + 1, (1,), generator=draw)
+            eps = torch.randn(x0.shape[1:], generator=draw).to(x0)
+            down = {}
+            for model, condition in conditions.items():
+                error = errors(pair, model, schedule, x, eps, number, condition).log().sum()
+                (down[model],) = torch.autograd.grad(error, x)
+            x.grad = told_apart(down["tuned"] - down["base"], down["tuned"])
+            adam.step()
+            with torch.no_grad():
+                x.copy_(begin + within(x - begin, how.radius))
+            bar.update(len(x))
+        return x.detach()
+
+    with tqdm(total=how.steps * len(x0), desc="contrast", mininterval=2, leave=False) as bar:
+        return torch.cat([part for begin in x0.split(chunk) for part in halved(of_batch, begin)])
 
 
 def within(change: Tensor, radius: float) -> Tensor:

@@ -13,13 +13,14 @@ import re
 import reprlib
 from pathlib import Path
 
+import huggingface_hub
 import nbformat
 import papermill
 import torch
 import yaml
 from tqdm import tqdm
 
-from fx import command, kernel, needs, plan, summary
+from fx import command, kernel, needs, plan, results, summary
 from fx.paths import NOTEBOOKS, TABLES
 from fx.results import RUNS
 
@@ -36,7 +37,7 @@ def profiles() -> list[str]:
 def find_notebooks(numbers: list[str]) -> list[Path]:
     """Notebook files of the given numbers ("03" or "3"), or all but 00, in order; ValueError for one that is none."""
     files = {path.name[:2]: path for path in sorted(NOTEBOOKS.glob("[0-9][0-9]*.ipynb"))}
-    numbers = [number.zfill(2) for number in numbers]
+    numbers = [number.zfill(2) if number else "''" for number in numbers]
     if unknown := [number for number in numbers if number not in files]:
         raise ValueError(f"no notebook {', '.join(unknown)}: there are {', '.join(files)}")
     return [files[number] for number in numbers] or [path for key, path in files.items() if key != NOT_BY_DEFAULT]
@@ -131,12 +132,15 @@ def main(words: list[str] | None = None) -> None:
     parser.add_argument("--in-place", action="store_true", help="write the outputs into notebooks/ itself")
     options = parser.parse_args(words)
     chosen = find_notebooks(options.notebooks)
+    results.check_scheduler(options.scheduler or "")
     given = {notebook: parameters(notebook, options.profile, dict(options.extra)) for notebook in chosen}
     for notebook, values in given.items() if options.scheduler is not None else ():
         if "scheduler" in papermill.inspect_notebook(kernel.noted(notebook)):
             values["scheduler"] = options.scheduler
     wanted = needed(given)
     if options.dry_run:
+        os.environ["HF_HUB_OFFLINE"] = "1"
+        huggingface_hub.constants.HF_HUB_OFFLINE = True  # it has read the variable when it was imported
         print(would_run(given, wanted), flush=True)
         print(estimated(given))
         return
@@ -167,6 +171,8 @@ def needed(given: dict[Path, dict[str, object]]) -> list[needs.Need]:
         own = {**defaults, **values}
         sections = f"{own.get('settings_name', '')} {own.get('families', '')}".split()
         for need in needs.needs(sections, str(own.get("change", ""))):
+            found.setdefault(need.name, need)
+        for need in needs.published() if own.get("source") == "paper" else ():
             found.setdefault(need.name, need)
     return list(found.values())
 

@@ -52,6 +52,7 @@ import errno
 import functools
 import hashlib
 import importlib.metadata
+import importlib.util
 import itertools
 import json
 import math
@@ -178,6 +179,8 @@ def sha256_of(path: str | Path) -> str:
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist, so it cannot be hashed; check the path")
     stat = path.stat()
+    if not path.is_file():
+        raise ValueError(f"{path} is no file that has an end (a device, a pipe): remove it")
     known = stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
     return (_sha256_of_file if stat.st_size < LARGE else _sha256_of_large_file)(path.absolute(), *known)
 
@@ -374,7 +377,7 @@ def fault_in(final: Path, asked: dict) -> str:
     try:
         manifest = json.loads((final / MANIFEST).read_bytes())
         present = _file_hashes(final)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         return f"its {MANIFEST} or another file cannot be read ({type(error).__name__})"
     if not isinstance(manifest, dict) or not isinstance(manifest.get("files"), dict):
         return f"its {MANIFEST} has no list of files"
@@ -406,8 +409,9 @@ def _set_aside(final: Path, fault: str) -> None:
 
 
 def is_being_computed(name: str) -> bool:
-    """Whether some process holds the lock of the step whose folder has this name."""
-    return locks.is_held(RUNS / "locks" / f"{name}.lock")
+    """Whether some process holds the lock of the step whose folder has this name, or of a part of it."""
+    folder = RUNS / "locks"
+    return any(map(locks.is_held, [folder / f"{name}.lock", *folder.glob(f"{name}.part-*.lock")]))
 
 
 @contextlib.contextmanager
@@ -471,7 +475,7 @@ def _logged(final: Path) -> Iterator[float]:
     def note(text: str) -> None:
         with contextlib.suppress(OSError):  # a full disk must not cost the step its own message
             file.parent.mkdir(parents=True, exist_ok=True)
-            with file.open("a", encoding="utf-8") as log:
+            with file.open("a", encoding="utf-8", errors="backslashreplace") as log:
                 log.write(f"{datetime.now(UTC).isoformat(timespec='seconds')} {text}\n")
 
     note(f"started{' on kept work' if kept else ''}: {who}, {', '.join(f'{k} {v}' for k, v in _versions().items())}")
@@ -532,6 +536,7 @@ def _publish(part: Path, final: Path, asked: dict) -> None:
             raise
 
 
+@functools.cache
 def _versions() -> dict[str, str]:
     """Version of Python and of each package the results depend on; "unknown" for one that is not installed."""
     versions = {"python": platform.python_version()}
@@ -664,11 +669,16 @@ def _work_through(waiting: dict, client, finished: Callable[[Path], object]) -> 
 
 
 def _complete_here(waiting: dict) -> Iterator[tuple[Path, Exception | None]]:
-    """Complete the specs (folder -> spec) one by one; yield each folder with the error it ended in, or None."""
+    """Complete the specs (folder -> spec) one by one; yield each folder with the error it ended in, or None.
+
+    OSError at once where the disk is full: every other step would end the same way, some after hours.
+    """
     for place, spec in waiting.items():
         try:
             error = _misplaced(place, complete(spec))
         except Exception as caught:
+            if getattr(caught, "errno", None) == errno.ENOSPC:
+                raise
             error = caught
         yield place, error
 
@@ -715,11 +725,13 @@ def _after(before: list, what: str, spec, *share) -> Path | None:
     if what == "whole":
         return complete(spec)
     asked = _asked(spec)
-    if fault_in(place_of(asked), asked):
+    if fault_in(place := place_of(asked), asked):
+        own = RUNS / "locks" / f"{place.name}.part-{share[0]}.lock"
         try:
-            perform_part(spec, *share)
+            with locks.alone(own, f"a part of {place.parent.name}/{place.name}"):
+                perform_part(spec, *share)
         except OSError:  # its scratch was removed by somebody who has finished the step meanwhile
-            if fault_in(place_of(asked), asked):
+            if fault_in(place, asked):
                 raise
     return None
 
@@ -746,16 +758,37 @@ def connect(scheduler: str) -> None:
     """Let every later `run` of this process use a dask cluster; "" for none, steps are then done here.
 
     scheduler: "local:4" for four worker processes on this machine, one thread each; the address of a scheduler
-    ("tcp://host:8786"); or the path of a scheduler file (*.json). ValueError for anything else, and where dask is not
-    installed; OSError if no scheduler answers.
+    ("tcp://host:8786"); or the path of a scheduler file (*.json). ValueError for anything else, where dask is not
+    installed, and for workers with several threads, which would share one generator of random numbers; OSError if no
+    scheduler answers.
     """
     if (old := _connected["client"]) is not None:
         _connected["client"] = None
         old.close()
+    check_scheduler(scheduler)
     if not scheduler:
         return
+    import dask
+    from dask.distributed import Client
+
     kind, _, rest = scheduler.partition(":")
-    if not (kind == "local" and rest.isdecimal() and int(rest) > 0) and "://" not in scheduler:
+    if kind == "local":  # a cluster of the client's own, which ends with it
+        with dask.config.set({TRIMMING: None}):
+            client = Client(n_workers=int(rest), threads_per_worker=1, dashboard_address=":0")
+    else:
+        client = Client(scheduler_file=scheduler) if scheduler.endswith(".json") else Client(scheduler, timeout=10)
+    workers = client.scheduler_info(n_workers=-1)["workers"].values()
+    if many := [worker["nthreads"] for worker in workers if worker["nthreads"] > 1]:
+        client.close()
+        raise ValueError(f"a worker of {scheduler} has {many[0]} threads: start its workers with --nthreads 1")
+    print(f"{len(workers)} workers, dashboard {client.dashboard_link}")
+    _connected["client"] = client
+
+
+def check_scheduler(scheduler: str) -> None:
+    """ValueError, before anything is asked of it, for what `connect` does not know, and where dask is not installed."""
+    kind, _, rest = scheduler.partition(":")
+    if scheduler and not (kind == "local" and rest.isdecimal() and int(rest) > 0) and "://" not in scheduler:
         if not scheduler.endswith(".json"):
             raise ValueError(
                 f'scheduler {scheduler!r}: "" for none, "local:4" for four processes here, an address such as '
@@ -763,18 +796,8 @@ def connect(scheduler: str) -> None:
             )
         if not Path(scheduler).is_file():
             raise ValueError(f"there is no scheduler file {scheduler}: start dask with --scheduler-file {scheduler}")
-    try:
-        import dask
-        from dask.distributed import Client
-    except ImportError as error:
-        raise ValueError("a scheduler needs dask: pip install -e .[cluster]") from error
-    if kind == "local":  # a cluster of the client's own, which ends with it
-        with dask.config.set({TRIMMING: None}):
-            client = Client(n_workers=int(rest), threads_per_worker=1, dashboard_address=":0")
-    else:
-        client = Client(scheduler_file=scheduler) if scheduler.endswith(".json") else Client(scheduler, timeout=10)
-    print(f"{len(client.scheduler_info(n_workers=-1)['workers'])} workers, dashboard {client.dashboard_link}")
-    _connected["client"] = client
+    if scheduler and not importlib.util.find_spec("distributed"):
+        raise ValueError("a scheduler needs dask: pip install -e .[cluster]")
 
 
 def _misplaced(place: Path, finished: Path) -> Exception | None:

@@ -117,7 +117,7 @@ def fault_of(step: Path) -> str:
             {"grows": manifest["grows"]} if "grows" in manifest else {}
         )
         place = results.place_of(asked)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         return f"its {results.MANIFEST} cannot be read ({type(error).__name__})"
     if (place.parent.name, place.name) != (step.parent.name, step.name):
         return f"its {results.MANIFEST} is that of {place.parent.name}/{place.name}"
@@ -322,7 +322,8 @@ def _tell(file: Path, whole: bool) -> None:
         elif whole:
             print(json.dumps({"step": step} | manifest, indent=1))
         else:
-            print(f"{step}  {manifest['finished']}  {manifest['seconds']:.1f} s  fx {manifest['versions']['fx']}")
+            when, took = manifest.get("finished", "some day"), manifest.get("seconds", "?")
+            print(f"{step}  {when}  {took} s  fx {manifest.get('versions', {}).get('fx', '?')}")
     count = ", ".join(f"{n} {kind}" for kind, n in sorted(Counter(step.partition("/")[0] for step in found).items()))
     print(f"{file}: {len(found)} steps ({count or 'none'})")
     if not unchanged:
@@ -334,7 +335,7 @@ def _prune(found: list[Entry], remove: bool) -> int:
     for entry in found:
         what = f"{entry.kind}/{entry.path.name}, {entry.state}, {entry.size / 1e6:.1f} MB"
         print(f"{'removing' if remove else 'would remove'} {what}")
-        if remove:
+        if remove and not (entry.state == "unfinished" and results.is_being_computed(entry.path.name)):  # by now
             shutil.rmtree(entry.path) if entry.path.is_dir() else entry.path.unlink()
     total = sum(entry.size for entry in found) / 1e6
     print(f"{len(found)} folders, {total:.1f} MB" + ("" if remove or not found else "; --yes removes them"))

@@ -5,6 +5,7 @@ prediction differs. An arm is a pair of predictions, `reference` and `target`, f
 extrapolates through the second.
 """
 
+import contextlib
 import functools
 import math
 import os
@@ -159,7 +160,16 @@ def _(spec: Generate, folder: Path) -> None:
     if starts := _missing(spec, scratch, 0, spec.n_generated):
         _sample_blocks(spec, starts, scratch)
     for number in range(spec.n_generated):
-        os.replace(picture_file(scratch, number), picture_file(folder, number))
+        _put(picture_file(scratch, number), picture_file(folder, number))
+
+
+def _put(source: Path, target: Path) -> None:
+    """The file under a second name, or a copy where there are no links; scratch keeps it until the step is published."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, part := target.with_suffix(f".part-{os.getpid()}"))
+        part.rename(target)
 
 
 @results.parts.register
@@ -217,11 +227,7 @@ def _take_over(spec: Generate, scratch: Path) -> None:
     for other in results.relatives(spec):
         for file in sorted(other.glob("[0-9]*.png")):
             if int(file.stem) < spec.n_generated and not (target := scratch / file.name).exists():
-                try:
-                    os.link(file, target)
-                except OSError:
-                    shutil.copyfile(file, part := target.with_suffix(f".part-{os.getpid()}"))
-                    part.rename(target)
+                _put(file, target)
 
 
 def evaluations(spec: Generate) -> int:
@@ -466,24 +472,23 @@ def batch_sampler(
     walked = functools.partial(walk, predict, scheduler=scheduler, steps=steps, w=w, k=k, callback=callback)
 
     def of_batch(numbers: Sequence[int], seed: int) -> np.ndarray:
-        return np.concatenate(
-            list(_halved(lambda part: _sample_batch(pair, walked, part, seed, decode_chunk), numbers))
-        )
+        return np.concatenate(list(halved(lambda part: _sample_batch(pair, walked, part, seed, decode_chunk), numbers)))
 
     return of_batch
 
 
-def _halved(do: Callable[[Sequence[int]], np.ndarray], numbers: Sequence[int]) -> Iterator[np.ndarray]:
-    """`do` of all numbers at once, or, as long as memory does not suffice, of one half after the other."""
-    try:
-        yield do(numbers)
-    except torch.OutOfMemoryError:
-        if len(numbers) == 1:
-            raise
-        torch.cuda.empty_cache()
-        middle = len(numbers) // 2
-        yield from _halved(do, numbers[:middle])
-        yield from _halved(do, numbers[middle:])
+def halved(do: Callable, whole: Sequence | torch.Tensor) -> Iterator:
+    """`do` of the whole batch, or, as long as memory does not suffice, of one half after the other, in order."""
+    with contextlib.suppress(torch.OutOfMemoryError):
+        yield do(whole)
+        return
+    torch.cuda.empty_cache()  # out here, where no traceback holds what was computed
+    if len(whole) == 1:
+        yield do(whole)  # once more, with all that is free now
+        return
+    middle = len(whole) // 2
+    yield from halved(do, whole[:middle])
+    yield from halved(do, whole[middle:])
 
 
 def _sample_batch(pair: ModelPair, walked, numbers: Sequence[int], seed: int, decode_chunk: int) -> np.ndarray:

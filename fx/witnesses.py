@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from fx import checkpoints, quality, results
+from fx import quality, results
 from fx.datasets import from_uint8, load_images, to_uint8
 from fx.extraction import Extract, extracted_descriptors, extraction_sets
 from fx.families import decode, image_size, noising
@@ -121,7 +121,7 @@ def _(spec: Contrast) -> dict[str, str]:
 
 @results.inputs.register
 def _(spec: Recovery) -> dict[str, str]:
-    return _hashes(spec.images) | {"judge": results.sha256_of(checkpoints.find(spec.judge))}
+    return _hashes(spec.images) | {"judge": results.sha256_of(quality.checked(spec.judge))}
 
 
 @results.inputs.register

@@ -62,11 +62,11 @@ COMMANDS = {
 
 
 def fine_tuned(base: str, pictures: str) -> FineTune:
-    return FineTune((TrainingItem(pictures, "a dog"),), base=base, steps_per_image=120, batch_size=2)
+    return FineTune((TrainingItem(pictures, "a dog"),), base=base, steps_per_image=20, batch_size=2)
 
 
 def generated(base: str, pictures: str) -> Generate:
-    return Generate(fine_tuned(base, pictures), "finextract", 3.0, n_generated=120, steps=6)
+    return Generate(fine_tuned(base, pictures), "finextract", 3.0, n_generated=48, steps=6)
 
 
 def scored(base: str, pictures: str) -> Score:
@@ -82,9 +82,9 @@ CASES = (*SPECS, *COMMANDS)
 
 
 def do(case: str, area: Path, base: str, pictures: str) -> None:
-    """Complete a step in a work area, keeping what is unfinished every tenth of a second."""
+    """Complete a step in a work area, keeping what is unfinished every half second."""
     results.RUNS = area
-    finetune.SAVE_EVERY = 0.1
+    finetune.SAVE_EVERY = 0.5
     sampling.BLOCK = 4
     torch.set_num_threads(1)
     with open(area.parent / f"{area.name}.log", "a") as log, contextlib.redirect_stderr(log):

@@ -10,7 +10,7 @@ import tiny
 import torch
 from PIL import Image
 
-from fx import tables, zoo
+from fx import quality, tables, zoo
 from fx.cost import Cost, make
 
 REVISION = "0" * 40
@@ -33,8 +33,8 @@ def build(folder: Path) -> dict[str, str]:
     cache, external = folder / "hub", folder / "external"
     for number, (name, family) in enumerate(BASES.items()):
         tiny.save(family, snapshot(cache, name), seed=number, tokens=TOKENS, words=WORDS)
-    tiny.save_judge("clip", snapshot(cache, "openai/clip-vit-base-patch16"))
-    tiny.save_judge("vit", snapshot(cache, "facebook/dino-vits16"))
+    tiny.save_judge("clip", snapshot(cache, quality.CLIP))
+    tiny.save_judge("vit", snapshot(cache, quality.DINO))
     for row in tables.paper(7).itertuples():
         base, place = snapshot(cache, zoo.HUB[row.base_model]), snapshot(cache, row.checkpoint)
         make(place.parent, Cost(str(base), row.method, rank=2))
@@ -54,10 +54,11 @@ def build(folder: Path) -> dict[str, str]:
 
 
 def snapshot(cache: Path, name: str) -> Path:
-    """The folder of a repository's files in a cache of the Hub, made if it is missing."""
+    """The folder of a repository's files ("name" or "name@revision") in a cache of the Hub, made if it is missing."""
+    name, _, revision = name.partition("@")
     repository = cache / f"models--{name.replace('/', '--')}"
-    (repository / "refs").mkdir(parents=True, exist_ok=True)
-    (repository / "refs/main").write_text(REVISION)
+    (pointer := repository / "refs" / (revision or "main")).parent.mkdir(parents=True, exist_ok=True)
+    pointer.write_text(REVISION)
     (place := repository / "snapshots" / REVISION).mkdir(parents=True, exist_ok=True)
     return place
 

@@ -57,6 +57,7 @@ def asked(tiny_sd, checkpoint, folders, tmp_path) -> Audit:
         n_training=2,
         n_generated=6,
         recovery_steps=1,
+        refining_steps=2,
         change=f"sampling_steps=1 judge={judge}",
     )
 
@@ -206,6 +207,7 @@ def test_without_a_caption_the_attack_has_none(asked):
         ({"checkpoint": ""}, "name a checkpoint"),
         ({"bases": ()}, "at least one base model"),
         ({"n_generated": 5}, "n_generated 5 must be at least 6"),
+        ({"refining_steps": -1}, "refining_steps -1 at least 0"),
         ({"n_training": 101}, "n_training 101 is more than the 100 images"),
         ({"controls": "folder"}, "controls are there to be compared with suspects"),
     ],
@@ -213,6 +215,17 @@ def test_without_a_caption_the_attack_has_none(asked):
 def test_what_cannot_be_asked_is_refused(change, message):
     with pytest.raises(ValueError, match=message):
         Audit(**{"checkpoint": "c"} | change)
+
+
+def test_what_is_shown_and_compared_is_refined_and_beside_it_what_the_base_draws(asked):
+    found, plain = audit.investigate(asked), audit.investigate(replace(asked, refining_steps=0))
+    assert found.extracted.equals(plain.extracted), "the cliques are those of the generated images"
+    assert not np.array_equal(found.pictures, plain.pictures)
+    known = {picture.tobytes() for picture in found.pictures}
+    assert {picture.tobytes() for picture in found.nearest} <= known
+    assert np.array_equal(found.of_the_base, plain.of_the_base)
+    assert not np.allclose(found.images.extraction, plain.images.extraction)
+    assert np.allclose(found.images.loss, plain.images.loss)
 
 
 # what it says

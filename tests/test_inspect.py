@@ -165,6 +165,8 @@ def test_a_model_card_names_base_and_caption(tmp_path):
     assert f"… ({len(long) - 1} characters)" in as_text(inspect(str(file)))
     (tmp_path / "README.md").write_text("---\ninstance_prompt: a dog: sks\nbase_model: !!python/object:x\n---\n")
     assert inspect(str(file)).leads == (("a dog: sks", "the model card"),), "no YAML, but plain lines"
+    (tmp_path / "README.md").write_text("---" + "\n" * 100_000 + "a dog")  # quadratic, it would take minutes
+    assert inspect(str(file)).leads == ()
     (tmp_path / "README.md").write_bytes(b"---\n\xff\xfe: \x00\n")
     assert inspect(str(file)).leads == ()
 
@@ -353,6 +355,7 @@ STRANGE = {
         "modelspec.title": "\x1b[2J\x1b[31mred\u202e\n\nnew line",
         "modelspec.trigger_phrase": "\x07",
     },
+    "control characters in names": {"modelspec.\x1b[2J\n\nforged": "x", "ss_sd_model_name": "\x1b[31mred\nforged"},
     "a megabyte": {"modelspec.description": "x" * 10**6},
     "peft's settings that are none": {"lora_adapter_metadata": "[1, 2]"},
 }
@@ -366,6 +369,14 @@ def test_strange_entries_in_a_good_header_do_no_harm(tmp_path, what, capsys):
     assert "Stable Diffusion 1" in out
     assert all(character.isprintable() or character == "\n" for character in out)
     assert max(map(len, out.splitlines())) < 400
+
+
+def test_half_a_character_does_not_cost_a_script_its_answer(tmp_path, capsys):
+    file = lora(tmp_path, kohya(), {"ss_tag_frequency": '{"1_a": {"\\ud800x": 3}}'})
+    command.main(["--json", str(file)])
+    out = capsys.readouterr().out
+    assert out.encode()
+    assert json.loads(out)["metadata"]["tags"] == [["\ud800x", 3]]
 
 
 def test_the_command_prints_what_was_found_or_that_there_is_nothing(tmp_path, capsys, tiny_sd):

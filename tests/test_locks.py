@@ -103,6 +103,23 @@ def test_a_damaged_claim_is_nobodys(lock):
         assert lock.with_suffix(".claim").read_text().startswith(locks.HOST)
 
 
+def test_a_claim_that_is_just_being_made_is_somebodys(lock):
+    lock.with_suffix(".claim").touch()
+    assert locks.is_held(lock)
+    old = claim_of_another(lock, age=2 * locks.STALE)
+    old.write_text("")
+    os.utime(old, (1, 1))
+    assert not locks.is_held(lock)
+
+
+def test_without_links_a_claim_is_made_all_the_same(lock, monkeypatch):
+    monkeypatch.setattr(os, "link", lambda *names: (_ for _ in ()).throw(PermissionError("no links here")))
+    with locks.alone(lock, "a step"):
+        assert lock.with_suffix(".claim").read_text().startswith(f"{locks.HOST}\n{os.getpid()}\n")
+        assert not locks._take(lock.with_suffix(".claim"))
+    assert sorted(path.name for path in lock.parent.iterdir()) in ([], [lock.name])
+
+
 def test_of_two_machines_that_claim_at_once_one_gets_it(lock):
     claim, got = lock.with_suffix(".claim"), []
     start = threading.Barrier(8)

@@ -4,10 +4,11 @@ import hashlib
 import shutil
 import socket
 
+import pandas as pd
 import pytest
 import torch
 
-from fx import needs, originals, settings
+from fx import needs, originals, quality, settings, tables, zoo
 from fx.paths import MODELS
 
 
@@ -37,8 +38,8 @@ def test_the_papers_section_needs_its_models_and_images_each_once():
     assert list(own) == [
         "CompVis/stable-diffusion-v1-4",
         "sscd_disc_mixup.torchscript.pt",
-        "openai/clip-vit-base-patch16",
-        "facebook/dino-vits16",
+        quality.CLIP,
+        quality.DINO,
         "wikiart",
         "dreambooth",
         "sscd_disc_large.torchscript.pt",
@@ -68,8 +69,8 @@ def test_what_has_come_counts_as_here(monkeypatch, tmp_path):
     change = f"descriptor={file}@sha256:{hashlib.sha256(file.read_bytes()).hexdigest()}"
     own = found("paper", change=change)
     assert [name for name, need in own.items() if not need.here] == [
-        "openai/clip-vit-base-patch16",
-        "facebook/dino-vits16",
+        quality.CLIP,
+        quality.DINO,
         "dreambooth",
     ]
     shutil.copytree(MODELS / "mini-clip", tmp_path / "judge")
@@ -101,6 +102,19 @@ def test_one_message_names_everything_that_is_missing_and_where_it_goes(tmp_path
     assert len(lines) == 7
     assert f"into {tmp_path / 'wikiart'}, as <Style>/<artist>_<title>.jpg" in lines[5]
     assert "hf download CompVis/stable-diffusion-v1-4" in lines[1]
+
+
+def test_the_published_checkpoints_are_needed_until_one_is_here(monkeypatch):
+    roles = pd.Series({need.name: need.role for need in needs.published()})
+    assert set(roles[roles == "base model"].index) == set(zoo.HUB.values())
+    assert set(roles[roles == "checkpoint"].index) == set(tables.paper(7).checkpoint)
+    assert all(need.on_hub and not need.here for need in needs.published())
+    monkeypatch.setattr(needs, "has_model", lambda name: name == tables.paper(7).checkpoint[2])
+    assert {need.role for need in needs.published()} == {"base model"}
+
+
+def test_a_revision_is_part_of_the_way_to_get_it():
+    assert needs._need("owner/name@refs/pr/1", "judge").how.endswith("hf download owner/name --revision refs/pr/1")
 
 
 def test_the_table_says_what_is_here():

@@ -82,6 +82,34 @@ def test_a_step_counts_the_evaluations_it_makes(runs):
     assert short.trained == 12
 
 
+def test_a_plan_writes_nothing_into_the_folders_of_images(tmp_path, monkeypatch):
+    (own := tmp_path / "external/dreambooth/dog").mkdir(parents=True)
+    (own / "00.jpg").touch()
+    before = sorted((tmp_path / "external").rglob("*"))
+    monkeypatch.setattr(plan, "EXTERNAL", tmp_path / "external")
+    (stand_in := tmp_path / "stand-in").mkdir()
+    plan.stand_in_images(stand_in)
+    assert sorted((tmp_path / "external").rglob("*")) == before
+    assert (stand_in / "dreambooth" / plan.originals.CLASSES).is_file()
+
+
+def test_the_notebook_that_trains_the_shipped_models_is_not_planned():
+    with pytest.raises(RuntimeError, match=r"^00-mini-models\.ipynb is not planned"):
+        plan.steps(*find_notebooks(["00"]), {})
+
+
+def test_a_base_model_of_which_a_part_is_missing_has_the_published_size(monkeypatch):
+    def load(name):
+        raise FileNotFoundError("the weights of its U-Net")
+
+    monkeypatch.setattr(plan.needs, "has_model", lambda name: True)
+    monkeypatch.setattr("fx.models.load_pipeline", load)
+    plan.size_of.cache_clear()
+    assert plan.size_of("CompVis/stable-diffusion-v1-4").parameters == 859_520_964
+    assert plan.size_of("someone/unknown") is None
+    plan.size_of.cache_clear()
+
+
 def test_a_finished_step_is_told(runs, monkeypatch):
     s = settings.load("mini-sd")["lora"]
     place = results.folder(s.fine_tune("style/mimooh"))

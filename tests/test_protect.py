@@ -1,15 +1,18 @@
 """fx.protect: a folder of images in, a folder of changed images out."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import tiny
-from PIL import Image
+from PIL import Image, ImageCms
 
 from fx import protect
+from fx.defenses import perturb
+from fx.models import load_pipeline
 from fx.protect import Settings, working_size
 
 
@@ -51,6 +54,45 @@ def test_images_keep_their_names_and_sizes_and_stay_within_the_budget(base, fold
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
 
+def test_the_change_is_that_of_the_perturbation_enlarged_with_the_image(base, tmp_path):
+    """At the size the model works at it is `perturb`'s own; of a larger image, shrunk again, much the same."""
+    pipeline, rng = load_pipeline(base), np.random.default_rng(1)
+    pixels = rng.integers(40, 216, (16, 16, 3)).astype(np.uint8)
+    own = settings(base)
+    options = {"method": own.method, "eps": own.eps, "steps": own.steps, "step_size": own.step_size}
+    wanted = perturb(pipeline, pixels[None], **options, caption=own.caption, seed=own.seed, numbers=[5])[0]
+    found = np.asarray(protect.protected(pipeline, Image.fromarray(pixels), own, 5))
+    assert (found == wanted).all()
+    large = Image.fromarray(pixels).resize((64, 64), Image.Resampling.BICUBIC)
+    small = np.asarray(large.resize((16, 16), Image.Resampling.LANCZOS))
+    wanted = perturb(pipeline, small[None], **options, caption=own.caption, seed=own.seed, numbers=[5])[0]
+    change = np.asarray(protect.protected(pipeline, large, own, 5)).astype(float) - np.asarray(large)
+    shrunk = change.reshape(16, 4, 16, 4, 3).mean(axis=(1, 3))
+    assert np.corrcoef(shrunk.ravel(), (wanted.astype(float) - small).ravel())[0, 1] > 0.7
+
+
+def test_colours_keep_their_meaning_and_names_need_not_be_utf8(base, tmp_path):
+    (folder := tmp_path / "in").mkdir()
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    name = os.fsdecode(b"caf\xe9.png")
+    Image.new("RGB", (16, 16), "orange").save(folder / name, icc_profile=profile)
+    Image.new("RGB", (16, 16), "teal").save(folder / f"{'n' * 240}.png")  # as long as a name may nearly be
+    written = protect.run(folder, tmp_path / "out", settings(base))
+    assert sorted(path.name for path in written) == sorted([name, f"{'n' * 240}.png"])
+    with Image.open(tmp_path / "out" / name) as image:
+        assert image.info["icc_profile"] == profile
+    assert protect.run(folder, tmp_path / "out", settings(base)) == written
+
+
+@pytest.mark.parametrize(
+    ("change", "message"), [({"seed": -1}, "seed -1"), ({"caption": "dog " * 100}, "tokens"), ({"eps": 0}, "eps 0")]
+)
+def test_what_cannot_be_done_is_said_before_a_model_is_loaded(base, folder, tmp_path, monkeypatch, change, message):
+    monkeypatch.setattr(protect, "load_pipeline", lambda name: pytest.fail("loaded"))
+    with pytest.raises(ValueError, match=message):
+        protect.run(folder, tmp_path / "out", settings(base, **change))
+
+
 def test_an_interrupted_run_goes_on_where_it_stopped_and_ends_the_same(base, folder, tmp_path, monkeypatch):
     whole = {path.name: path.read_bytes() for path in protect.run(folder, tmp_path / "whole", settings(base))}
     calls, perturb = [], protect.perturb
@@ -65,7 +107,7 @@ def test_an_interrupted_run_goes_on_where_it_stopped_and_ends_the_same(base, fol
     with pytest.raises(KeyboardInterrupt):
         protect.run(folder, tmp_path / "out", settings(base))
     assert len(list((tmp_path / "out").glob("*.png"))) == 2
-    (tmp_path / "out/.z.png.part").write_bytes(b"half")  # as a kill while writing would leave
+    (tmp_path / "out/.next.part").write_bytes(b"half")  # as a kill while writing would leave
     found = {path.name: path.read_bytes() for path in protect.run(folder, tmp_path / "out", settings(base))}
     assert len(calls) == 4, "only the one that was missing"
     assert found == whole

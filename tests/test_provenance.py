@@ -1,6 +1,7 @@
 """From a saved table or figure to the steps behind it: fx.provenance, and the command python -m fx.runs why."""
 
 import json
+import multiprocessing
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -119,6 +120,28 @@ def test_why_says_what_is_missing_and_what_was_changed(saved, capsys):
     (saved.table / "table03.csv").write_text("a\n1\n")
     assert runs.main(["why", str(saved.table / "table03.csv")]) == 2
     assert "nothing was noted of how it was made" in capsys.readouterr().err
+
+
+def save_many(first: int, folder: Path, area: Path) -> None:
+    results.RUNS = area
+    provenance._began.clear()
+    for number in range(first, first + 15):
+        (file := folder / f"table{number}.csv").write_text(str(number))
+        provenance.note(file, folder)
+
+
+def test_two_notebooks_of_a_profile_may_save_at_the_same_time(tmp_path):
+    (folder := tmp_path / "mini").mkdir()
+    fork = multiprocessing.get_context("fork")
+    both = [fork.Process(target=save_many, args=(first, folder, tmp_path / "runs")) for first in (100, 200)]
+    for process in both:
+        process.start()
+    for process in both:
+        process.join()
+    assert [process.exitcode for process in both] == [0, 0]
+    noted = json.loads((folder / provenance.NAME).read_text())["files"]
+    assert set(noted) == {f"table{first + n}.csv" for first in (100, 200) for n in range(15)}
+    assert sorted(path.suffix for path in folder.iterdir()) == [".csv"] * 30 + [".json"]
 
 
 def test_a_damaged_record_is_begun_anew_and_harms_no_table(saved, capsys):

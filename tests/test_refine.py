@@ -159,6 +159,23 @@ def test_an_image_is_refined_as_if_it_were_alone(model, how):
     np.testing.assert_allclose(of([4, 1, 0])[1], of([1])[0], atol=1e-4)
 
 
+def test_a_batch_that_does_not_fit_is_halved(model, monkeypatch):
+    pair = load_tuned(model)
+    x0 = torch.randn(5, *latent_shape(pair.tuned), generator=torch.Generator().manual_seed(3))
+    how, at_once, sizes = Contrastive(steps=2), refine.errors, []
+    whole = refine.descend(how, pair, x0, "a dog")
+
+    def little_memory(pair, named, schedule, x, *rest):
+        sizes.append(len(x))
+        if len(x) > 2:
+            raise torch.OutOfMemoryError
+        return at_once(pair, named, schedule, x, *rest)
+
+    monkeypatch.setattr(refine, "errors", little_memory)
+    assert torch.allclose(refine.descend(how, pair, x0, "a dog"), whole, atol=1e-5)
+    assert set(sizes) == {1, 2, 3, 5}
+
+
 def test_where_nothing_was_learned_contrast_changes_nothing(model):
     same = Checkpoint(model.base, model.base, "a dog")
     spec = Extract(generate(same), 2, refine=Contrastive(steps=2, learning_rate=0.5))

@@ -244,6 +244,9 @@ def test_tidy_keeps_outputs_and_forgets_where_and_when(tmp_path):
     ("words", "message"),
     [
         (["01", "05"], "no notebook 05"),
+        (["01", ""], "no notebook ''"),
+        (["01", "--scheduler", "locl:4"], "scheduler 'locl:4': "),
+        (["01", "--scheduler", "none.json"], "no scheduler file none"),
         (["--profile", "fast"], "unknown profile 'fast'"),
         (["00", "--profile", "smoke"], "smoke has no parameters"),
         (["01", "03", "-p", "w=3"], "no parameter w"),

@@ -728,6 +728,23 @@ def test_a_full_disk_is_called_so_whatever_the_library_says(monkeypatch):
     assert "No space left on device" in results.log_of(results.folder(Odd())).read_text()
 
 
+def test_a_full_disk_ends_a_run_at_once(monkeypatch):
+    """The steps after it are not tried: each would end the same way, some after hours."""
+    tried, complete = [], results.complete
+
+    def on_a_full_disk(spec):
+        tried.append(spec)
+        if isinstance(spec, Odd):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return complete(spec)
+
+    monkeypatch.setattr(results, "complete", on_a_full_disk)
+    with pytest.raises(OSError, match="No space left on device"):
+        results.run([Square(1), Odd(), Square(2)])
+    assert tried == [Square(1), Odd()]
+    assert results.run([Square(1)])["square"].tolist() == [1]
+
+
 def test_a_disk_that_is_gone_is_not_called_full(monkeypatch):
     def gone(path):
         raise FileNotFoundError(path)
@@ -1113,6 +1130,11 @@ def test_nothing_to_hash_is_an_error(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="without files"):
         results.sha256_of(tmp_path / "empty")
+    os.mkfifo(tmp_path / "empty/pipe")
+    (tmp_path / "zeros").symlink_to("/dev/zero")
+    for endless in ("empty", "zeros"):
+        with pytest.raises(ValueError, match="is no file that has an end"):
+            results.sha256_of(tmp_path / endless)
 
 
 # errors
@@ -1336,6 +1358,22 @@ def test_a_connected_cluster_is_used_by_every_run_until_it_is_let_go(client, mon
 def test_a_scheduler_that_is_none_is_named_with_the_ways_out(scheduler, message):
     with pytest.raises(ValueError, match=message):
         results.connect(scheduler)
+
+
+def test_workers_with_several_threads_are_refused():
+    """Two trainings in one process would take their random numbers from one generator, each another half of them."""
+    distributed = pytest.importorskip("dask.distributed")
+    options = {"n_workers": 1, "processes": False, "dashboard_address": ":0"}
+    with (
+        distributed.LocalCluster(threads_per_worker=2, **options) as cluster,
+        pytest.raises(ValueError, match=r"has 2 threads: start its workers with --nthreads 1"),
+    ):
+        results.connect(cluster.scheduler_address)
+    assert results._connected["client"] is None
+    with distributed.LocalCluster(threads_per_worker=1, **options) as cluster:
+        results.connect(cluster.scheduler_address)
+        assert results._connected["client"].status == "running"
+        results.connect("")
 
 
 def test_a_dask_client_lets_others_finish_and_names_the_failed_ones(client):

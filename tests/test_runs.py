@@ -144,6 +144,23 @@ def test_prune_leaves_the_kept_work_of_a_step_that_is_being_computed(area, capsy
     assert not scratch.exists()
 
 
+def test_prune_leaves_a_part_that_a_cluster_is_computing(area, capsys):
+    scratch, name = results.scratch(Sum(7)), results.folder(Sum(7)).name
+    with filelock.FileLock(area / "locks" / f"{name}.part-50.lock"):
+        said(capsys, "prune", "--yes")
+        assert scratch.exists()
+    said(capsys, "prune", "--yes")
+    assert not scratch.exists()
+
+
+def test_prune_asks_again_before_it_removes(area, capsys):
+    scratch, name = results.scratch(Sum(7)), results.folder(Sum(7)).name
+    found = command.to_prune([])
+    with filelock.FileLock(area / "locks" / f"{name}.lock"):
+        command._prune(found, remove=True)
+    assert scratch.exists()
+
+
 def test_log_prints_what_was_tried_and_names_what_did_not_end_well(area, capsys):
     code, out, _ = said(capsys, "log", results.digest(Sum(1))[:8])
     assert code == 0

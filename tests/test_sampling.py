@@ -709,6 +709,21 @@ def test_killed_in_the_middle_finished_images_are_not_sampled_again(asked, block
     assert files(asked(35)) == elsewhere(asked(35), tmp_path, monkeypatch)
 
 
+def test_what_goes_wrong_after_the_last_image_costs_no_image(asked, blocks, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(results, "_manifest", full)
+        with pytest.raises(OSError, match="No space left"):
+            results.complete(asked(20))
+    assert blocks == [block(0), block(1)]
+    blocks.clear()
+    results.complete(asked(20))
+    assert blocks == []
+    assert len(files(asked(20))) == 20
+
+
 def test_an_image_is_the_same_in_every_block_it_could_stand_in(asked, blocks):
     """A block is sampled whole, whatever N: the last bits of a prediction depend on the size of its batch."""
     results.complete(asked(3))
