@@ -727,6 +727,7 @@ def _after(before: list, what: str, spec, *share) -> Path | None:
     asked = _asked(spec)
     if fault_in(place := place_of(asked), asked):
         own = RUNS / "locks" / f"{place.name}.part-{share[0]}.lock"
+        own.parent.mkdir(parents=True, exist_ok=True)
         try:
             with locks.alone(own, f"a part of {place.parent.name}/{place.name}"):
                 perform_part(spec, *share)

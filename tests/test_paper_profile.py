@@ -38,7 +38,8 @@ def test_a_dry_run_of_all_lists_what_is_here(there, capsys, tmp_path, monkeypatc
     said = capsys.readouterr().out
     assert said.count(".ipynb: ") == len(list(NOTEBOOKS.glob("[0-9][0-9]-*.ipynb"))) - 1
     rows = [line.split() for line in said.splitlines() if line.endswith((" yes", " no"))]
-    assert len(rows) == 8
+    assert len(rows) == 9
+    assert "stable-diffusion-v1-5/stable-diffusion-v1-5" in [row[0] for row in rows], "which notebook 08 alone needs"
     assert {row[-1] for row in rows} == {"yes"}
     assert [name for name, _ in planned] == [path.stem for path in reproduce.find_notebooks([])]
     assert {values["profile"] for _, values in planned} == {"paper"}
