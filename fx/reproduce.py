@@ -136,7 +136,8 @@ def main(words: list[str] | None = None) -> None:
     given = {notebook: parameters(notebook, options.profile, dict(options.extra)) for notebook in chosen}
     for notebook, values in given.items() if options.scheduler is not None else ():
         if "scheduler" in papermill.inspect_notebook(kernel.noted(notebook)):
-            values["scheduler"] = options.scheduler
+            file = options.scheduler.endswith(".json")  # which the notebooks, in a folder of their own, must find too
+            values["scheduler"] = str(Path(options.scheduler).absolute()) if file else options.scheduler
     wanted = needed(given)
     if options.dry_run:
         os.environ["HF_HUB_OFFLINE"] = "1"

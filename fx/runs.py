@@ -332,13 +332,18 @@ def _tell(file: Path, whole: bool) -> None:
 
 def _prune(found: list[Entry], remove: bool) -> int:
     """Say what would go, or remove it."""
+    gone = []
     for entry in found:
         what = f"{entry.kind}/{entry.path.name}, {entry.state}, {entry.size / 1e6:.1f} MB"
+        if remove and entry.state == "unfinished" and results.is_being_computed(entry.path.name):
+            print(f"leaving {what}: by now it is being computed")
+            continue
         print(f"{'removing' if remove else 'would remove'} {what}")
-        if remove and not (entry.state == "unfinished" and results.is_being_computed(entry.path.name)):  # by now
+        if remove:
             shutil.rmtree(entry.path) if entry.path.is_dir() else entry.path.unlink()
-    total = sum(entry.size for entry in found) / 1e6
-    print(f"{len(found)} folders, {total:.1f} MB" + ("" if remove or not found else "; --yes removes them"))
+        gone.append(entry)
+    total = sum(entry.size for entry in gone) / 1e6
+    print(f"{len(gone)} folders, {total:.1f} MB" + ("" if remove or not found else "; --yes removes them"))
     return 0
 
 

@@ -202,6 +202,16 @@ def test_a_scheduler_goes_to_the_notebooks_that_take_one(notebooks, executed):
     ]
 
 
+def test_the_file_of_a_scheduler_is_found_from_the_notebooks_own_folder(notebooks, executed, tmp_path, monkeypatch):
+    notebook = nbformat.read(notebooks / "03-extraction.ipynb", 4)
+    notebook.cells[0].source += '\nscheduler = ""'
+    nbformat.write(notebook, notebooks / "03-extraction.ipynb")
+    (tmp_path / "dask.json").write_text("{}")
+    monkeypatch.chdir(tmp_path)
+    reproduce.main(["03", "--scheduler", "dask.json"])
+    assert executed[0][2]["scheduler"] == str(tmp_path / "dask.json")
+
+
 def test_main_ends_with_the_summary_of_the_profile_where_there_are_tables(notebooks, executed, tmp_path, monkeypatch):
     asked = []
     monkeypatch.setattr(reproduce.summary, "write", lambda profile: asked.append(profile) or [tmp_path / "summary.md"])

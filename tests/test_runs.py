@@ -135,18 +135,10 @@ def test_prune_says_first_and_takes_only_what_is_left_behind(area, capsys):
     ]
 
 
-def test_prune_leaves_the_kept_work_of_a_step_that_is_being_computed(area, capsys):
-    scratch, lock = results.scratch(Sum(7)), area / "locks" / f"{results.folder(Sum(7)).name}.lock"
-    with filelock.FileLock(lock):
-        said(capsys, "prune", "--yes")
-        assert scratch.exists()
-    said(capsys, "prune", "--yes")
-    assert not scratch.exists()
-
-
-def test_prune_leaves_a_part_that_a_cluster_is_computing(area, capsys):
+@pytest.mark.parametrize("of", ["the step", "a part"])
+def test_prune_leaves_the_kept_work_of_a_step_that_is_being_computed(area, capsys, of):
     scratch, name = results.scratch(Sum(7)), results.folder(Sum(7)).name
-    with filelock.FileLock(area / "locks" / f"{name}.part-50.lock"):
+    with filelock.FileLock(area / "locks" / f"{name}{'' if of == 'the step' else '.part-50'}.lock"):
         said(capsys, "prune", "--yes")
         assert scratch.exists()
     said(capsys, "prune", "--yes")
@@ -159,6 +151,9 @@ def test_prune_asks_again_before_it_removes(area, capsys):
     with filelock.FileLock(area / "locks" / f"{name}.lock"):
         command._prune(found, remove=True)
     assert scratch.exists()
+    out = capsys.readouterr().out
+    assert f"leaving scratch/{name}" in out
+    assert out.splitlines()[-1].startswith(f"{len(found) - 1} folders")
 
 
 def test_log_prints_what_was_tried_and_names_what_did_not_end_well(area, capsys):
