@@ -3,6 +3,7 @@
 Only safetensors are read. Everything here happens before a model is built, so that a wrong file costs seconds.
 """
 
+import functools
 import json
 import re
 from collections import Counter
@@ -184,10 +185,17 @@ def keys(file: Path) -> list[str]:
             f"{file} is no model: weights are read from .safetensors files and from folders that hold them"
         )
     try:
-        with safe_open(file, "pt") as tensors:
-            return list(tensors.keys())
+        stat = file.stat()
+        return list(_keys(file.absolute(), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns))
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{file} is truncated or no safetensors file ({error}): fetch it again") from error
+
+
+@functools.lru_cache(maxsize=256)
+def _keys(file: Path, size: int, modified: int, changed: int) -> tuple[str, ...]:
+    """The names, read again only when the file's size or one of its time stamps (ns) has changed."""
+    with safe_open(file, "pt") as tensors:
+        return tuple(tensors.keys())
 
 
 def dtypes(folder: Path) -> dict[str, str]:

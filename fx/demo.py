@@ -1,6 +1,7 @@
 """The extraction demo: fine-tune on an item, extract it with three arms, print the scores, save a picture.
 
-A typical artist and a typical object of the shipped sets, one of them by LoRA instead, or any folder of images:
+A typical artist and a typical object of the shipped sets, one of them by LoRA instead, or any folder of images. For a folder
+FineXtract's w' is chosen as an attacker could, without the training images (fx.label_free, notebook 14):
 
     python -m fx.demo
     python -m fx.demo object/rooster --method lora
@@ -15,7 +16,8 @@ from pathlib import Path
 from fx import command, plots, results, settings, tables
 from fx.datasets import load_images, load_item, to_uint8
 from fx.evaluation import Score, image_side, read_matches, scored_images, thresholds
-from fx.finetune import METHODS, TrainingItem
+from fx.finetune import METHODS, TrainingItem, load_training
+from fx.label_free import NEAREST, choose_scale
 from fx.paths import COMPLETE, FIGURES
 from fx.sampling import generated_pictures
 
@@ -63,21 +65,39 @@ def arguments(words: list[str] | None = None) -> argparse.Namespace:
     return options
 
 
+def is_to_be_chosen(options: argparse.Namespace, item: str) -> bool:
+    """Whether w' is chosen for an item: for a folder, which the settings' was not chosen for, unless --change names one."""
+    named = {word.partition("=")[0].rpartition(".")[2] for word in shlex.split(options.change)}
+    return Path(item).is_dir() and "finextract_scale" not in named
+
+
 def specs(options: argparse.Namespace) -> list[list[Score]]:
-    """The three extractions of each item with their scores."""
+    """The three extractions of each item with their scores, w' of a folder's chosen first, and said."""
     change = f"{options.change} images_per_training={options.images} seed={options.seed}"
-    chosen = settings.load(change=change)[options.method]
-    return [chosen.three_arms(chosen.fine_tune(TrainingItem(item, options.caption))) for item in options.items]
+    chosen, asked = settings.load(change=change)[options.method], []
+    for item in options.items:
+        training = TrainingItem(item, options.caption)
+        own, model = chosen, chosen.fine_tune(training)
+        n = load_training(training).n_training
+        if is_to_be_chosen(options, item) and options.images * n > NEAREST:
+            own, rows = choose_scale(chosen, model, n, options.images * n)
+            signs = ", ".join(f"{w:g}: {sign:.3f}" for w, sign in zip(rows.w, rows.log_ratio, strict=True))
+            print(
+                f"{item}: w' = {own.finextract_scale:g} is chosen without the training images, by log L_theta / L_theta'"
+            )
+            print(f"  {signs}")
+        asked.append(own.three_arms(model))
+    return asked
 
 
 def main(words: list[str] | None = None) -> None:
     """Run the demo and say what came out."""
     options = arguments(words)
     items = [load_item(item, options.caption or "") for item in options.items]
-    asked = specs(options)
     print(results.environment_summary())
     for item in items:
         print(f"{item.name}: {item.n_training} training images, caption {item.caption!r}, {options.method}")
+    asked = specs(options)
     rows = results.run([spec for arms in asked for spec in arms], description="demo")
     rows["item"] = [item.name for item in items for _ in asked[0]]
     loose, strict = thresholds(asked[0][0])

@@ -4,7 +4,7 @@
 
 The paper chooses w' and k on the training images, which an attacker does not have (beyond the paper). Every sign here is
 made of generated images and the two models and of nothing else, and each is the higher the better it is said to be. Which of
-them can be believed is what notebook 14 measures.
+them can be believed is what notebook 14 measures; `choose_scale` follows the one that it found.
 """
 
 import json
@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
+import pandas as pd
 
 from fx import results
 from fx.cliques import largest_cliques
@@ -21,9 +22,11 @@ from fx.extraction import Extract, extracted_descriptors, extracted_pictures
 from fx.losses import log_ratios, to_latents
 from fx.models import PRECISIONS
 from fx.sampling import Generate, picture_file, prompt
+from fx.settings import Settings
 from fx.similarity import copy_thresholds, describe, load_descriptor, similarity_matrix
-from fx.tuned import Extrapolated, load_tuned
+from fx.tuned import Extrapolated, Tuned, load_tuned
 
+SCALES = (1.0, 2.0, 3.0, 5.0, 8.0)  # w' to choose from: notebook 14's
 NEAREST = 5  # generated images most like one, for its tightness
 BURNT = 4  # how far from 0 or 255 a value of a pixel is at an end of its range
 
@@ -51,6 +54,25 @@ class Signs:
             )
         if self.draws < 1 or not self.levels or not all(0 <= level <= 1 for level in self.levels):
             raise ValueError(f"draws {self.draws} must be at least 1, levels {self.levels} shares from 0 to 1")
+
+
+def choose_scale(
+    chosen: Settings, model: Tuned, n_training: int, n_generated: int, scales: tuple[float, ...] = SCALES
+) -> tuple[Settings, pd.DataFrame]:
+    """The settings with the w' of FineXtract that `log_ratio` takes, without any training image, and a row per w' tried.
+
+    w' = 1 stands for direct sampling. n_generated: images for each w'; the extraction with the one chosen has them already.
+    The smaller of two equal ones is taken. The rows have the columns w and those of Signs. ValueError for no scale.
+    """
+    if not scales:
+        raise ValueError("no w' to choose from: name at least one")
+    tried = sorted(scales)
+    asked = [chosen.generate(model, "direct" if w == 1 else "finextract", n_generated) for w in tried]
+    asked = [g if g.arm == "direct" else replace(g, guidance_scale=w) for g, w in zip(asked, tried, strict=True)]
+    rows = results.run([Signs(chosen.extract(one, n_training)) for one in asked], description="choosing w'")
+    rows = rows.reset_index(drop=True).assign(w=tried)
+    best = tried[int(rows.log_ratio.astype(float).argmax())]
+    return replace(chosen, finextract_scale=best), rows
 
 
 def of_base(generate: Generate, n_generated: int) -> Generate:

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import gc
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -45,6 +46,7 @@ SHAPES = (
     "joint_attention_dim",
     "guidance_embeds",
 )
+KEPT: dict = {}  # the model pair that `fx.tuned.kept_pair` holds for whoever asks for it next
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 diffusers_logging.disable_progress_bar()
 transformers_logging.disable_progress_bar()
@@ -94,10 +96,20 @@ def load_pipeline(name: str, dtype: torch.dtype = torch.float32) -> DiffusionPip
     A Stable Diffusion or SDXL pipeline gets the deterministic DDIM scheduler. Raises FileNotFoundError or ValueError, with
     the file, for what is not there, is no whole safetensors model, or belongs to no supported family.
     """
+    let_go()
     folder = model_folder(name)
     with reading(folder):
         kind, alt, index = parts.pipeline_class(folder)
         return _prepare(parts.assemble(kind, parts.load_parts(folder, kind, alt, dtype), index, folder))
+
+
+def let_go() -> None:
+    """Give back the memory of a model pair that is kept."""
+    if KEPT:
+        KEPT.clear()
+        if device().type == "cuda":
+            gc.collect()  # a network may hold itself
+            torch.cuda.empty_cache()
 
 
 def _prepare(pipeline: DiffusionPipeline) -> DiffusionPipeline:

@@ -26,7 +26,7 @@ from fx import guidance, results
 from fx.datasets import to_uint8
 from fx.families import SAMPLERS, decode, latent_shape, make_scheduler, network
 from fx.models import PRECISIONS, ModelPair, check_fits
-from fx.tuned import Tuned, load_tuned, own_caption
+from fx.tuned import Tuned, kept_pair, own_caption
 
 SHARE = 50  # images of one part of a Generate, where several workers are at work on it
 BLOCK = 10  # images that a Generate samples at a time: the last bits of a prediction depend on the size of its batch
@@ -200,7 +200,7 @@ def _missing(spec: Generate, scratch: Path, first: int, end: int) -> list[int]:
 
 def _sample_blocks(spec: Generate, starts: list[int], scratch: Path) -> None:
     """Sample the blocks that begin at `starts` and keep their images below N in `scratch`."""
-    pair = load_tuned(spec.model, PRECISIONS[spec.precision])
+    pair = kept_pair(spec.model, PRECISIONS[spec.precision])
     for pipeline in (pair.base, pair.tuned):
         network(pipeline).to(memory_format=torch.channels_last)  # in which CPUs are a tenth faster
     sampler = batch_sampler(

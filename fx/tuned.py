@@ -7,10 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from fx import checkpoints, results
+from fx import checkpoints, models, results
 from fx.families import network, text_encoders
 from fx.finetune import FineTune, TrainingItem, load_training
-from fx.models import ModelPair, load_pair, model_folder
+from fx.models import KEPT, ModelPair, load_pair, model_folder
 
 
 @dataclass(frozen=True)
@@ -80,6 +80,18 @@ def _(model: Extrapolated, dtype: torch.dtype = torch.float32) -> ModelPair:
     pair = load_tuned(model.model, dtype)
     extrapolate(pair, model.scale)
     return pair
+
+
+def kept_pair(model: Tuned, dtype: torch.dtype = torch.float32) -> ModelPair:
+    """`load_tuned`, for reading only: the pair stays in memory, and whoever asks for the same one next need not load it.
+
+    The steps of one fine-tuned model follow one another: its arms, its guidance scales. Whatever loads another model, to
+    train or to sample, lets the pair go first (`fx.models.let_go`), so there are never two.
+    """
+    asked = results.digest(model), dtype, models.device()
+    if asked not in KEPT:
+        KEPT[asked] = load_tuned(model, dtype)
+    return KEPT[asked]
 
 
 def extrapolate(pair: ModelPair, scale: float) -> None:

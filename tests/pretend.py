@@ -16,7 +16,6 @@ import safetensors.torch
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
-from torch.utils._pytree import tree_flatten, tree_map_only
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
 from fx import models, quality, similarity
@@ -95,22 +94,44 @@ class _Mode(TorchDispatchMode):
 
 
 def _do(func, args, kwargs):
-    given = [value for value in tree_flatten((args, kwargs))[0] if isinstance(value, Tensor)]
+    given, devices = [], []
+    _each((args, kwargs), lambda value: _sort(value, given, devices))
     there = [value for value in given if isinstance(value, Elsewhere)]
-    devices = [value for value in tree_flatten((args, kwargs))[0] if isinstance(value, torch.device)]
-    args, kwargs = tree_map_only(torch.device, lambda _: torch.device("cpu"), (args, kwargs))
     asked = devices[0] if devices else None
     _check(func, args, given, there)
     if func is aten._fused_sdp_choice.default:
         return 0  # attention by plain operations: the fused ones of a GPU are not here
-    held_args, held_kwargs = tree_map_only(Elsewhere, lambda value: value.held, (args, kwargs))
+    held_args, held_kwargs = _each((args, kwargs), _here)
     out = func(*held_args, **held_kwargs)
     if func is aten.copy_.default:
         return args[0]
     if (asked.type == NAME) if asked is not None else bool(there):
-        out = tree_map_only(Tensor, Elsewhere, out)
+        out = _each(out, lambda value: Elsewhere(value) if isinstance(value, Tensor) else value)
         return return_and_correct_aliasing(func, args, kwargs, out) if there else out
     return out
+
+
+def _each(value, change):
+    """The same lists, tuples and dictionaries of what `change` makes of everything in them."""
+    if isinstance(value, tuple | list):
+        return type(value)([_each(part, change) for part in value])
+    if isinstance(value, dict):
+        return {name: _each(part, change) for name, part in value.items()}
+    return change(value)
+
+
+def _sort(value, tensors: list, devices: list) -> None:
+    if isinstance(value, Tensor):
+        tensors.append(value)
+    elif isinstance(value, torch.device):
+        devices.append(value)
+
+
+def _here(value):
+    """What an operator on the CPU is given in its place."""
+    if isinstance(value, Elsewhere):
+        return value.held
+    return torch.device("cpu") if isinstance(value, torch.device) else value
 
 
 def _check(func, args, given, there) -> None:

@@ -27,10 +27,10 @@ def specs(base: Path, pictures: Path) -> list[Score]:
     """Two arms of one fine-tuned model, which they share, and a second model."""
     models = [
         FineTune((TrainingItem(str(pictures), "a dog"),), base=str(base), steps_per_image=steps, batch_size=2)
-        for steps in (40, 20)
+        for steps in (10, 6)
     ]
     plan = [(models[0], "direct", 1.0), (models[0], "cfg", 3.0), (models[1], "finextract", 3.0)]
-    generated = [Generate(model, arm, w, n_generated=N, steps=4) for model, arm, w in plan]
+    generated = [Generate(model, arm, w, n_generated=N, steps=2) for model, arm, w in plan]
     return [Score(Extract(images, 4), judge="") for images in generated]
 
 

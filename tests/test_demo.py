@@ -4,6 +4,7 @@ import json
 import re
 import runpy
 import sys
+from dataclasses import replace
 
 import matplotlib as mpl
 
@@ -160,6 +161,11 @@ def finished(tmp_path, monkeypatch):
         }
         return pd.DataFrame([{"arm": spec.extract.generate.arm, "phi": 0.9, **scores} for spec in asked])
 
+    def choose(chosen, model, n_training, n_generated):
+        assert (n_training, n_generated) == (3, 30)
+        return replace(chosen, finextract_scale=2.5), pd.DataFrame({"w": [1.0, 2.5], "log_ratio": [0.1, 0.2]})
+
+    monkeypatch.setattr(demo, "choose_scale", choose)
     monkeypatch.setattr(results, "run", run)
     monkeypatch.setattr(results, "folder", folder)
     monkeypatch.setattr(results, "complete", folder)
@@ -203,6 +209,23 @@ def test_main_prints_the_scores_of_each_arm_and_saves_the_picture(finished, tmp_
     assert re.fullmatch(r"photos-dreambooth-N10-seed0-[0-9a-f]{8}\.png", path.name)
     with Image.open(path) as image:
         assert image.format == "PNG"
+
+
+def test_the_scale_of_a_folder_is_chosen_and_said_unless_it_is_named(finished, capsys):
+    photos, _ = finished
+    words = [str(photos), "--caption", "a dog"]
+    (asked,) = demo.specs(demo.arguments(words))
+    assert [spec.extract.generate.guidance_scale for spec in asked] == [
+        1.0,
+        settings.load()["dreambooth"].cfg_scale,
+        2.5,
+    ]
+    assert "w' = 2.5 is chosen without the training images" in capsys.readouterr().out
+    for change in ("finextract_scale=4", "dreambooth.finextract_scale=4"):
+        (asked,) = demo.specs(demo.arguments([*words, "--change", change]))
+        assert asked[-1].extract.generate.guidance_scale == 4
+    demo.specs(demo.arguments([*words, "--images", "1"]))
+    assert "without" not in capsys.readouterr().out, "three images are too few for signs"
 
 
 def test_the_picture_goes_into_the_work_area_unless_the_figure_is_asked_for(finished, tmp_path, capsys):

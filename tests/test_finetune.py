@@ -477,7 +477,8 @@ def test_the_first_loss_of_every_family_is_that_of_its_own_schedule_and_predicti
 @pytest.mark.parametrize("method", finetune.METHODS)
 def test_fine_tuning_lowers_the_loss_of_every_family(spec, family, pictures, tmp_path, method):
     """The loss at 64 draws of its own, the same before and after."""
-    asked, pipeline = spec(method, base=family, learning_rate=3e-3, steps_per_image=30), load_pipeline(family)
+    steps = 30 if family.endswith("sd3") else 10  # which learns more slowly
+    asked, pipeline = spec(method, base=family, learning_rate=3e-3, steps_per_image=steps), load_pipeline(family)
     schedule, text, draw = families.noising(pipeline), encode(pipeline, "a dog"), torch.Generator().manual_seed(0)
     x0 = finetune.latent_source(pipeline, pictures, "none")(torch.arange(64) % 4)
     t, eps = torch.randint(T, (64,), generator=draw), torch.randn(x0.shape, generator=draw)
@@ -738,19 +739,20 @@ def test_a_bayesian_model_is_its_means_on_disk_with_the_deviations_beside(
         assert torch.allclose(found[0], denoise(pipeline.unet, x, t, text), atol=1e-5)
 
 
-@pytest.mark.parametrize("protection", [Bayesian(0.02), PriorPreservation("a cat", 2), NoisyGradients()], ids=repr)
-def test_every_family_is_fine_tuned_with_every_protection(spec, runs, family, protection):
+def test_every_family_is_fine_tuned_with_every_protection(spec, runs, family):
     """Something else is learned than without, and what is left loads as a model of the family."""
-    plain, asked = (spec("dreambooth", base=family, protection=kind) for kind in (None, protection))
     file = f"{network_name(load_pipeline(family))}/diffusion_pytorch_model.safetensors"
-    weights = [load_file(results.complete(s) / file) for s in (plain, asked)]
-    assert weights[0].keys() == weights[1].keys()
-    assert not equal(*weights)
-    assert all(value.isfinite().all() for value in weights[1].values())
-    load_tuned(asked)
-    if isinstance(protection, Bayesian):
-        drawn = load_file(results.complete(asked) / finetune.SIGMA_FILE)
-        assert not any(part in name for name in drawn for part in ("embedding", "time_emb", "attn2", "add_"))
+    plain = load_file(results.complete(spec("dreambooth", base=family)) / file)
+    for protection in (Bayesian(0.02), PriorPreservation("a cat", 2), NoisyGradients()):
+        asked = spec("dreambooth", base=family, protection=protection)
+        weights = load_file(results.complete(asked) / file)
+        assert plain.keys() == weights.keys(), protection
+        assert not equal(plain, weights), protection
+        assert all(value.isfinite().all() for value in weights.values()), protection
+        load_tuned(asked)
+        if isinstance(protection, Bayesian):
+            drawn = load_file(results.complete(asked) / finetune.SIGMA_FILE)
+            assert not any(part in name for name in drawn for part in ("embedding", "time_emb", "attn2", "add_"))
 
 
 def test_deviations_never_reach_zero(fresh):

@@ -3,14 +3,15 @@
 from dataclasses import replace
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from PIL import Image
 
-from fx import label_free, results
+from fx import label_free, results, settings
 from fx.extraction import Extract, extracted_pictures
 from fx.families import latent_shape
-from fx.label_free import Signs, of_base, of_similarities, unburnt
+from fx.label_free import SCALES, Signs, choose_scale, of_base, of_similarities, unburnt
 from fx.sampling import Generate, generated_pictures
 from fx.tuned import Extrapolated, load_tuned
 from fx.witnesses import Contrast, scores
@@ -107,3 +108,34 @@ def test_a_descriptor_without_thresholds_is_refused_before_anything_is_generated
     with pytest.raises(ValueError, match="no thresholds"):
         results.run([Signs(Extract(generate(model), 3))])
     assert not (results.RUNS / "generate").exists()
+
+
+@pytest.mark.parametrize(
+    ("signs", "best"), [((0.1, 0.2, 0.3, 0.3, 0.1), 3), ((0.3, 0.2, 0.1, 0.1, 0.1), 1), ((0, 0, 0, 0, 1), 8)]
+)
+def test_the_scale_chosen_is_that_of_the_highest_log_ratio_and_the_smallest_of_equal_ones(signs, best, monkeypatch):
+    asked = []
+
+    def run(specs, **_):
+        asked.extend(specs)
+        return pd.DataFrame({"log_ratio": signs, "tight": 1.0}, index=range(5, 10))
+
+    monkeypatch.setattr(results, "run", run)
+    own = settings.load("mini-sd", "dreambooth.correction_scale=-.02")["dreambooth"]
+    model = own.fine_tune("object/rooster")
+    found, rows = choose_scale(own, model, 5, 40)
+    assert found == replace(own, finextract_scale=best)
+    assert list(rows.w) == list(SCALES)
+    assert list(rows.log_ratio) == list(signs)
+    # the extraction with the scale that is chosen is the one that follows: nothing is sampled twice
+    later = [found.score(model, arm, n_generated=40).extract for arm in ("direct", "finextract")]
+    tried = [spec.extract for spec in asked]
+    assert replace(later[best > 1], n_training=5) in tried
+    assert [extract.generate.guidance_scale for extract in tried] == list(SCALES)
+    assert {spec.base for spec in asked} == {None}
+
+
+def test_a_choice_needs_something_to_choose_from():
+    own = settings.load()["dreambooth"]
+    with pytest.raises(ValueError, match="no w' to choose from"):
+        choose_scale(own, own.fine_tune("object/rooster"), 5, 40, scales=())

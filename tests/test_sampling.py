@@ -133,7 +133,7 @@ def test_the_way_to_the_caption_and_to_the_tuned_model_has_a_scale_for_each_leg(
 
 
 def test_a_scale_of_the_caption_is_part_of_what_is_generated(pair, monkeypatch, tmp_path):
-    monkeypatch.setattr(sampling, "load_tuned", lambda model, dtype: copy.deepcopy(pair))
+    monkeypatch.setattr(sampling, "kept_pair", lambda model, dtype: copy.deepcopy(pair))
     asked = Generate(Checkpoint("x", caption=CAPTION), "caption_first", 3.0, n_generated=2, steps=STEPS)
     drawn = {}
     for scale in (1.0, 2.0):

@@ -1,5 +1,7 @@
 """theta' moved beyond itself in the weights: closed forms, and adapters as well as whole networks."""
 
+import gc
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -7,12 +9,13 @@ import tiny
 import torch
 from peft import LoraConfig
 
-from fx import results
+from fx import models, results
+from fx import tuned as tuned_module
 from fx.families import network, text_encoders
 from fx.finetune import FineTune, TrainingItem
 from fx.models import ModelPair, acting_weight, load_pair, load_pipeline
 from fx.sampling import Generate
-from fx.tuned import Checkpoint, Extrapolated, extrapolate, load_tuned
+from fx.tuned import Checkpoint, Extrapolated, extrapolate, kept_pair, load_tuned
 
 KINDS = {
     "dreambooth": {},
@@ -109,3 +112,38 @@ def test_text_encoders_of_another_kind_are_refused(tmp_path):
 def test_a_scale_that_is_no_number_is_refused():
     with pytest.raises(ValueError, match="must be finite, not nan"):
         Extrapolated(Checkpoint("theirs"), float("nan"))
+
+
+def test_a_pair_is_kept_until_something_else_is_loaded(tiny_sd, picture_folder, runs, monkeypatch):
+    loaded = []
+    load = tuned_module.load_tuned
+    monkeypatch.setattr(tuned_module, "load_tuned", lambda *asked: loaded.append(asked) or load(*asked))
+    one, other = (tuned(str(tiny_sd), picture_folder, kind) for kind in ("dreambooth", "lora"))
+    first = kept_pair(one)
+    assert kept_pair(one) is first
+    assert len(loaded) == 1
+    assert all(torch.equal(value, weights(load(one))[name]) for name, value in weights(first).items())
+    assert not models.KEPT, "loading it otherwise has let it go"
+    again = kept_pair(one)
+    assert again is not first
+    assert kept_pair(replace(one)) is again, "by what it is, not by the object"
+    gone = weakref.ref(network(again.tuned))
+    del again, first
+    second = kept_pair(other)
+    gc.collect()
+    assert gone() is None, "there are never two"
+    assert kept_pair(other, torch.bfloat16) is not second
+    assert network(kept_pair(other, torch.bfloat16).tuned).dtype == torch.bfloat16
+    load_pipeline(str(tiny_sd))
+    assert not models.KEPT
+
+
+def test_the_arms_of_a_model_load_it_once_and_fine_tuning_lets_it_go(tiny_sd, picture_folder, runs, monkeypatch):
+    loads = []
+    monkeypatch.setattr(tuned_module, "load_pair", lambda *asked: loads.append(asked) or load_pair(*asked))
+    one = tuned(str(tiny_sd), picture_folder, "dreambooth")
+    for arm, w in (("direct", 1.0), ("finextract", 2.0), ("finextract", 3.0)):
+        results.complete(Generate(one, arm, w, n_generated=2, steps=2))
+    assert len(loads) == 1
+    results.complete(replace(one, seed=1))
+    assert not models.KEPT
