@@ -99,6 +99,9 @@ def perform(spec, folder: Path) -> None:
     raise TypeError(_unknown(spec))
 
 
+AT_END: list[Callable[[], None]] = []  # called when `run` ends, however: gives back what steps keep for one another
+
+
 @functools.singledispatch
 def inputs(spec) -> dict[str, str]:
     """Name -> SHA-256 (see `sha256_of`) of the outside content that `spec` reads: training images, model weights.
@@ -582,7 +585,10 @@ def run(specs: Iterable, client=None, description: str = "steps") -> pd.DataFram
         _require_writable_runs()
     done = len(specs) - sum(rows[place] for place in waiting)
     drop = _dropping(dict(zip(places, specs, strict=True)), waiting)
-    with tqdm(desc=description, total=len(specs), initial=done, unit="spec", mininterval=2) as bar, _unnoted():
+    shown = {"desc": description, "total": len(specs), "initial": done, "unit": "spec", "mininterval": 2}
+    with contextlib.ExitStack() as stack, tqdm(**shown) as bar, _unnoted():
+        for give_back in AT_END:
+            stack.callback(give_back)
 
         def finished(place: Path) -> None:
             bar.update(rows[place])

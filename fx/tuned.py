@@ -86,12 +86,15 @@ def kept_pair(model: Tuned, dtype: torch.dtype = torch.float32) -> ModelPair:
     """`load_tuned`, for reading only: the pair stays in memory, and whoever asks for the same one next need not load it.
 
     The steps of one fine-tuned model follow one another: its arms, its guidance scales. Whatever loads another model, to
-    train or to sample, lets the pair go first (`fx.models.let_go`), so there are never two.
+    train or to sample, lets the pair go first (`fx.models.let_go`), so there are never two, and so does the end of a run.
     """
     asked = results.digest(model), dtype, models.device()
     if asked not in KEPT:
         KEPT[asked] = load_tuned(model, dtype)
     return KEPT[asked]
+
+
+results.AT_END.append(models.let_go)
 
 
 def extrapolate(pair: ModelPair, scale: float) -> None:

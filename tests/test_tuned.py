@@ -9,7 +9,7 @@ import tiny
 import torch
 from peft import LoraConfig
 
-from fx import models, results
+from fx import models, results, sampling
 from fx import tuned as tuned_module
 from fx.families import network, text_encoders
 from fx.finetune import FineTune, TrainingItem
@@ -146,4 +146,16 @@ def test_the_arms_of_a_model_load_it_once_and_fine_tuning_lets_it_go(tiny_sd, pi
         results.complete(Generate(one, arm, w, n_generated=2, steps=2))
     assert len(loads) == 1
     results.complete(replace(one, seed=1))
+    assert not models.KEPT
+
+
+def test_nothing_is_kept_when_a_run_has_ended_well_or_not(tiny_sd, picture_folder, runs, monkeypatch):
+    one = Generate(tuned(str(tiny_sd), picture_folder, "dreambooth"), "finextract", 2.0, n_generated=2, steps=2)
+    results.run([one])
+    assert not models.KEPT
+    results.complete(other := replace(one, seed=1))
+    assert models.KEPT
+    monkeypatch.setattr(sampling, "save_picture", lambda *_: 1 / 0)
+    with pytest.raises(RuntimeError, match="ZeroDivisionError"):
+        results.run([replace(other, seed=2)])
     assert not models.KEPT
