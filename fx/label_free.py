@@ -61,18 +61,19 @@ def choose_scale(
 ) -> tuple[Settings, pd.DataFrame]:
     """The settings with the w' of FineXtract that `log_ratio` takes, without any training image, and a row per w' tried.
 
-    w' = 1 stands for direct sampling. n_generated: images for each w'; the extraction with the one chosen has them already.
-    The smaller of two equal ones is taken. The rows have the columns w and those of Signs. ValueError for no scale.
+    w' = 1 is direct sampling: if it is chosen, k is 0 as well. n_generated: images for each w'; the extraction with the one
+    chosen has them already, with 1 that of the arm "direct". The smaller of two equal ones is taken. The rows have the
+    columns w and those of Signs. ValueError for no scale.
     """
     if not scales:
         raise ValueError("no w' to choose from: name at least one")
     tried = sorted(scales)
-    asked = [chosen.generate(model, "direct" if w == 1 else "finextract", n_generated) for w in tried]
-    asked = [g if g.arm == "direct" else replace(g, guidance_scale=w) for g, w in zip(asked, tried, strict=True)]
+    direct = chosen.generate(model, "direct", n_generated)
+    asked = [direct if w == 1 else chosen.generate(model, "finextract", n_generated, guidance_scale=w) for w in tried]
     rows = results.run([Signs(chosen.extract(one, n_training)) for one in asked], description="choosing w'")
     rows = rows.reset_index(drop=True).assign(w=tried)
     best = tried[int(rows.log_ratio.astype(float).argmax())]
-    return replace(chosen, finextract_scale=best), rows
+    return replace(chosen, finextract_scale=best, correction_scale=0.0 if best == 1 else chosen.correction_scale), rows
 
 
 def of_base(generate: Generate, n_generated: int) -> Generate:

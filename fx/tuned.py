@@ -83,10 +83,12 @@ def _(model: Extrapolated, dtype: torch.dtype = torch.float32) -> ModelPair:
 
 
 def kept_pair(model: Tuned, dtype: torch.dtype = torch.float32) -> ModelPair:
-    """`load_tuned`, for reading only: the pair stays in memory, and whoever asks for the same one next need not load it.
+    """`load_tuned` for sampling: the pair stays in memory, and a Generate that asks for the same one next need not load it.
 
-    The steps of one fine-tuned model follow one another: its arms, its guidance scales. Whatever loads another model, to
-    train or to sample, lets the pair go first (`fx.models.let_go`), so there are never two, and so does the end of a run.
+    The steps of one fine-tuned model follow one another: its arms, its guidance scales, its parts on a worker. Whatever
+    loads another model, to train or to sample, lets the pair go first (`fx.models.let_go`), so there are never two, and so
+    does the end of `results.run` where the steps are done here. For sampling only, which arranges the networks anew in
+    memory (channels_last): what another step computes with one must not hang on what came before it.
     """
     asked = results.digest(model), dtype, models.device()
     if asked not in KEPT:

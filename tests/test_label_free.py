@@ -124,7 +124,7 @@ def test_the_scale_chosen_is_that_of_the_highest_log_ratio_and_the_smallest_of_e
     own = settings.load("mini-sd", "dreambooth.correction_scale=-.02")["dreambooth"]
     model = own.fine_tune("object/rooster")
     found, rows = choose_scale(own, model, 5, 40)
-    assert found == replace(own, finextract_scale=best)
+    assert found == replace(own, finextract_scale=best, correction_scale=0.0 if best == 1 else -0.02)
     assert list(rows.w) == list(SCALES)
     assert list(rows.log_ratio) == list(signs)
     # the extraction with the scale that is chosen is the one that follows: nothing is sampled twice
@@ -139,3 +139,17 @@ def test_a_choice_needs_something_to_choose_from():
     own = settings.load()["dreambooth"]
     with pytest.raises(ValueError, match="no w' to choose from"):
         choose_scale(own, own.fine_tune("object/rooster"), 5, 40, scales=())
+
+
+def test_a_choice_made_in_earnest_leaves_nothing_to_sample(model):
+    own = replace(settings.load()["dreambooth"], base=model.base, sampling_steps=3, descriptor="mini-sscd")
+    if "sd3" in model.base:
+        own = replace(own, sampler="euler")
+    found, rows = choose_scale(own, model, 3, 8, scales=(1.0, 4.0))
+    assert rows.log_ratio.notna().all()
+    assert found.finextract_scale == rows.w[rows.log_ratio.astype(float).idxmax()]
+    there = len(list(results.RUNS.glob("generate/*")))
+    results.complete(found.generate(model, "direct", 8))
+    assert len(list(results.RUNS.glob("generate/*"))) == there == 2
+    results.complete(found.generate(model, "finextract", 8))
+    assert len(list(results.RUNS.glob("generate/*"))) == there + (found.finextract_scale == 1)

@@ -1,9 +1,11 @@
 """theta' moved beyond itself in the weights: closed forms, and adapters as well as whole networks."""
 
 import gc
+import shutil
 import weakref
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import tiny
 import torch
@@ -14,7 +16,7 @@ from fx import tuned as tuned_module
 from fx.families import network, text_encoders
 from fx.finetune import FineTune, TrainingItem
 from fx.models import ModelPair, acting_weight, load_pair, load_pipeline
-from fx.sampling import Generate
+from fx.sampling import Generate, generated_pictures
 from fx.tuned import Checkpoint, Extrapolated, extrapolate, kept_pair, load_tuned
 
 KINDS = {
@@ -145,8 +147,12 @@ def test_the_arms_of_a_model_load_it_once_and_fine_tuning_lets_it_go(tiny_sd, pi
     for arm, w in (("direct", 1.0), ("finextract", 2.0), ("finextract", 3.0)):
         results.complete(Generate(one, arm, w, n_generated=2, steps=2))
     assert len(loads) == 1
+    drawn = generated_pictures(asked := Generate(one, "finextract", 3.0, n_generated=2, steps=2))
     results.complete(replace(one, seed=1))
     assert not models.KEPT
+    shutil.rmtree(results.folder(asked))
+    assert np.array_equal(generated_pictures(asked), drawn), "after other arms and alone"
+    assert len(loads) == 2
 
 
 def test_nothing_is_kept_when_a_run_has_ended_well_or_not(tiny_sd, picture_folder, runs, monkeypatch):
