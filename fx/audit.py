@@ -16,10 +16,12 @@ import builtins
 import hashlib
 import io
 import json
+import math
 import os
 import shlex
 import shutil
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from decimal import ROUND_CEILING, Decimal
@@ -31,23 +33,35 @@ import papermill
 from jinja2 import Environment, StrictUndefined
 from PIL import Image
 
-from fx import checkpoints, command, datasets, kernel, results, settings, verdict
+from fx import checkpoints, command, datasets, kernel, results, settings, tables, verdict
+from fx.caption_search import CaptionSearch
 from fx.extraction import Extract, extracted_pictures, extraction_sets
+from fx.finetune import TrainingItem
+from fx.label_free import SCALES, Signs, choose_scale, signs_of_scales
 from fx.leads import Leads, Lookup, gathered
 from fx.models import model_folder
 from fx.paths import NOTEBOOKS
+from fx.publishing import Published, published
 from fx.refine import Contrastive
-from fx.sampling import generated_pictures
+from fx.sampling import Generate, generated_pictures
 from fx.settings import Settings
 from fx.similarity import descriptor_path
 from fx.tuned import Checkpoint
-from fx.witnesses import Contrast, Recovery, Resemblance, scores
+from fx.witnesses import Contrast, Recovery, Resemblance, Witness, scores
 
 NOTEBOOK = NOTEBOOKS / "13-audit.ipynb"
 TEMPLATE = Path(__file__).with_suffix(".html.jinja")
 LARGEST = 256  # pixels of a side of a picture in the report, which is shown at less
 STRONG, SOME = 0.01, 0.05  # p-values of the whole set
 RATE = 0.05  # the share of wrong names among those named
+FORMS = {"dreambooth": "parts", "lora": "diffusers"}  # of a model that is made for a trial
+QUESTIONS = {  # whose error rates fx.error_rates measures: what they are in the report, and the right answer
+    "half trained on": ("half of the suspects were trained on; controls of the same kind", "evidence"),
+    "half, other controls": ("half of the suspects were trained on; controls of another kind", "evidence"),
+    "none trained on": ("others of their kind were trained on, but no suspect; controls of the same kind", "none"),
+    "none, other controls": ("others of their kind were trained on, but no suspect; controls of another kind", "none"),
+    "another's model": ("images of another kind were trained on; controls of the suspects' kind", "none"),
+}
 WITNESSES = {
     "loss": "how much better the fine-tuned model denoises the image than its base does",
     "recovery": "how well the difference of the two models restores the image's missing half (CGI-DM)",
@@ -60,8 +74,11 @@ class Audit:
     """What is asked.
 
     checkpoint: a file, a folder or a Hub id; bases: base models to choose from; caption: None for what the checkpoint says,
-    "" for none; suspects, controls: folders of images, "" for none. n_training: 0 for what the file says, or an estimate.
-    n_generated: N; recovery_steps: of CGI-DM; refining_steps: of fx.refine.Contrastive for each extracted image, 0 for none.
+    or else what a search of its weights finds, "" for none; suspects, controls: folders of images, "" for none.
+    n_training: 0 for what the file says, or an estimate. n_generated: N; recovery_steps: of CGI-DM; refining_steps: of
+    fx.refine.Contrastive for each extracted image, 0 for none. scale: w', 0 for the one that fx.label_free.choose_scale
+    takes, for which N images are generated with each of its SCALES. trial: how many of the controls a model is fine-tuned on
+    here, to see whether such an audit would find them; 0 for none, else at least 2, with as many controls left.
     """
 
     checkpoint: str
@@ -75,19 +92,23 @@ class Audit:
     refining_steps: int = 50
     settings: str = "mini-sd"
     change: str = ""
+    scale: float = 0.0
+    trial: int = 0
 
     def __post_init__(self):
         if not self.checkpoint or not self.bases:
             raise ValueError("name a checkpoint and at least one base model")
-        if self.n_generated < 6 or self.recovery_steps < 1 or min(self.n_training, self.refining_steps) < 0:
+        if self.n_generated < 6 or self.recovery_steps < 1 or min(self.n_training, self.refining_steps, self.scale) < 0:
             raise ValueError(
                 f"n_generated {self.n_generated} must be at least 6, recovery_steps {self.recovery_steps} at least 1, "
-                f"n_training {self.n_training} and refining_steps {self.refining_steps} at least 0"
+                f"n_training {self.n_training}, refining_steps {self.refining_steps} and scale {self.scale} at least 0"
             )
         if self.n_training > self.n_generated:
             raise ValueError(f"n_training {self.n_training} is more than the {self.n_generated} images to be generated")
         if self.controls and not self.suspects:
             raise ValueError("controls are there to be compared with suspects: name a folder of these too")
+        if self.trial and (self.trial < 2 or not self.controls):
+            raise ValueError(f"a trial with {self.trial} controls: name a folder of controls, and two of them or more")
 
 
 @dataclass
@@ -96,8 +117,9 @@ class Findings:
 
     images: a row per suspect: file, each witness's score and p-value, `p`, and whether it is `named`; p: of the whole set,
     None without controls; auc: of each witness, suspects over controls. extracted: a row per extracted image: its number,
-    its clique's size, the mean similarity in it; n_training_by: who says how many there are; left_out: a line for each image
-    that could not be used.
+    its clique's size, the mean similarity in it; n_training_by: who says how many there are; scale: w'; scale_by: who says
+    so; left_out: a line for each image that could not be used; trial: what an audit finds of a model fine-tuned here on some
+    of the controls, None without such a trial.
     """
 
     asked: Audit
@@ -112,6 +134,9 @@ class Findings:
     auc: dict[str, float] = field(default_factory=dict)
     nearest: np.ndarray | None = None
     n_training_by: str = ""
+    scale: float = 0.0
+    scale_by: str = ""
+    trial: "Findings | None" = None
     left_out: list[str] = field(default_factory=list)
     hashes: dict[str, str] = field(default_factory=dict)
 
@@ -168,10 +193,82 @@ def suspects_and_controls(asked: Audit) -> tuple[list[Path], list[Path], list[st
     controls = [path for path in controls if path not in double]
     if not controls:
         raise ValueError("every control is also a suspect: controls must be images that were certainly not trained on")
+    if asked.trial and len(controls) < 2 * asked.trial:
+        raise ValueError(f"a trial with {asked.trial} of {len(controls)} controls: at most half of them")
+    if asked.trial and (choices := math.comb(len(controls), asked.trial)) < 1 / SOME:
+        raise ValueError(
+            f"a trial with {asked.trial} of {len(controls)} controls could find nothing, since p is 1/{choices} or more: "
+            "name more controls"
+        )
     return suspects, controls, lines
 
 
 # the investigation
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What an audit knows before anything is sampled: the question, what the files say, the model, the images."""
+
+    asked: Audit
+    known: Leads
+    own: Settings
+    model: Checkpoint
+    suspects: list[Path]
+    controls: list[Path]
+    left_out: list[str]
+
+    @property
+    def arm(self) -> str:
+        """FineXtract; without a caption, model guidance alone."""
+        return "finextract" if self.model.caption else "model_guidance"
+
+    def generate(self, own: Settings) -> Generate:
+        """N images of the model with the w' of these settings, by direct sampling if that is 1."""
+        arm = "direct" if own.finextract_scale == 1 else self.arm
+        return own.generate(self.model, arm, self.asked.n_generated, caption=self.model.caption)
+
+    def null(self, n_training: int) -> Extract:
+        """The extraction from the base model alone, from the same latents."""
+        base = Checkpoint(str(model_folder(self.known.base)), self.known.base, self.model.caption)
+        plain = self.own.generate(base, "direct", self.asked.n_generated, caption=self.model.caption)
+        return self.own.extract(plain, n_training)
+
+    def witnesses(self, extract: Extract, null: Extract) -> dict[str, Witness]:
+        """What is asked about suspects and controls, by witness; "base" is to be taken from "extraction"."""
+        images = tuple(map(str, [*self.suspects, *self.controls]))
+        caption, steps = self.model.caption, self.asked.recovery_steps
+        return {
+            "loss": Contrast(self.model, images, caption),
+            "recovery": Recovery(self.model, images, caption, steps, judge=self.own.judge),
+            "extraction": Resemblance(extract, images),
+            "base": Resemblance(null, images),
+        }
+
+
+def planned(asked: Audit) -> Plan:
+    """Everything that is known before anything is sampled; raises what loading a checkpoint and reading images raises."""
+    suspects, controls, lines = suspects_and_controls(asked) if asked.suspects else ([], [], [])
+    chosen = settings.load(asked.settings, asked.change)
+    known = gathered(Lookup(asked.checkpoint, asked.bases, guess=asked.caption or ""))
+    if asked.caption is not None:
+        known = replace(known, caption=asked.caption, caption_by="whoever asked")
+    elif not known.caption:
+        known = read_caption(known)
+    if asked.trial and not known.caption:
+        raise ValueError("a trial needs a caption to train with, and none is known of the checkpoint: name one")
+    return Plan(asked, known, chosen[known.method], known.checkpoint(), suspects, controls, lines)
+
+
+def read_caption(known: Leads) -> Leads:
+    """The same with the caption that a search of the weights finds, which may be wrong (notebook 07), or why it has none."""
+    try:
+        row = results.run([CaptionSearch(known.checkpoint())], description="caption").iloc[0]
+    except RuntimeError as error:  # of the step, whose reason is a ValueError: a change that carries no caption
+        if not isinstance(error.__cause__, ValueError):
+            raise
+        return replace(known, caption_by=f"nobody: {error.__cause__}")
+    return replace(known, caption=row.found, caption_by="a search of its weights, which may be wrong")
 
 
 def investigate(asked: Audit) -> Findings:
@@ -179,44 +276,128 @@ def investigate(asked: Audit) -> Findings:
 
     Raises what loading the checkpoint raises, before anything is sampled, and ValueError for images that cannot be used.
     """
-    suspects, controls, lines = suspects_and_controls(asked) if asked.suspects else ([], [], [])
-    chosen = settings.load(asked.settings, asked.change)
-    known = gathered(Lookup(asked.checkpoint, asked.bases, guess=asked.caption or ""))
-    own = chosen[known.method]
-    model = Checkpoint(asked.checkpoint, known.base, known.caption if asked.caption is None else asked.caption)
-    extract, null, n_training, by = extractions(asked, own, model, known)
-    found = Findings(asked, known, n_training, *_extracted(extract), n_training_by=by, left_out=lines)
-    found.of_the_base = generated_pictures(null.generate, found.extracted.image.tolist())
-    if suspects:
-        _compare(found, own, model, extract, null, suspects, controls)
-    found.hashes = {"checkpoint": results.sha256_of(checkpoints.find(asked.checkpoint))}
-    found.hashes |= {"base model": results.sha256_of(model_folder(known.base))}
-    found.hashes |= {path.name: results.sha256_of(path) for path in suspects}
-    found.hashes |= {f"control {path.name}": results.sha256_of(path) for path in controls}
+    return investigate_all([asked])[0]
+
+
+def investigate_all(several: Sequence[Audit]) -> list[Findings]:
+    """`investigate` for each of several audits, whose steps are done together, on the machines there are."""
+    plans = [planned(asked) for asked in several]
+    numbers = how_many(plans)
+    if tried := [spec for plan, (n, _) in zip(plans, numbers, strict=True) for spec in scales_to_try(plan, n)]:
+        results.run(tried, description="choosing w'")
+    scales = [chosen_scale(plan, n) for plan, (n, _) in zip(plans, numbers, strict=True)]
+    pairs = [
+        (extraction(plan, own, n), plan.null(n))
+        for plan, own, (n, _) in zip(plans, [own for own, _ in scales], numbers, strict=True)
+    ]
+    results.run([spec for pair in pairs for spec in pair], description="extraction")
+    asked_of = [plan.witnesses(*pair) if plan.suspects else {} for plan, pair in zip(plans, pairs, strict=True)]
+    results.run([spec for witnesses in asked_of for spec in witnesses.values()], description="witnesses")
+    found = [_found(*parts) for parts in zip(plans, numbers, scales, pairs, asked_of, strict=True)]
+    if of_trials := {number: trial_of(plan) for number, plan in enumerate(plans) if plan.asked.trial}:
+        for number, trial in zip(of_trials, investigate_all(list(of_trials.values())), strict=True):
+            found[number].trial = trial
     return found
 
 
-def extractions(asked: Audit, own: Settings, model: Checkpoint, known: Leads) -> tuple[Extract, Extract, int, str]:
-    """The extraction from the model, refined; that from its base alone and from the same latents, N0, and who says so.
+def trial_of(plan: Plan) -> Audit:
+    """An audit of a model that is fine-tuned now, on some of the controls: would it find what we know is there?
+
+    On the same base with the caption of the audit, whole or by LoRA as the checkpoint, with the settings' rank and steps.
+    Every second control is taken, up to `trial`; the others are the controls. It is an easier case than the audit: all its
+    suspects were trained on, and caption and number are right.
+    """
+    asked, taken = plan.asked, plan.controls[: 2 * plan.asked.trial : 2]
+    files = {"suspects": taken, "controls": [path for path in plan.controls if path not in taken]}
+    named = "".join(f"{path.name} {pixels(path)} " for path in [*taken, *files["controls"]])
+    root = results.RUNS / "audit/trials" / hashlib.sha256(named.encode(errors="surrogateescape")).hexdigest()[:16]
+    places = {kind: laid_out(root / kind, paths) for kind, paths in files.items()}
+    item = TrainingItem(str(places["suspects"]), plan.known.caption)
+    model = Published(plan.own.fine_tune(item, base=plan.known.base), FORMS[plan.known.method])
+    results.run([model], description="a trial")
+    return replace(
+        asked,
+        checkpoint=str(published(model)),
+        bases=(plan.known.base,),
+        caption=plan.known.caption,
+        suspects=str(places["suspects"]),
+        controls=str(places["controls"]),
+        n_training=min(len(taken), asked.n_generated),
+        trial=0,
+    )
+
+
+def laid_out(place: Path, files: Sequence[Path]) -> Path:
+    """The folder `place` with copies of these files and nothing else, made now unless it is that already.
+
+    Of several files of one name the later ones have a number behind it.
+    """
+    wanted: dict[str, bytes] = {}
+    for path in files:
+        name, number = path.name, 1
+        while name in wanted:
+            number += 1
+            name = f"{path.stem}-{number}{path.suffix}"
+        wanted[name] = path.read_bytes()
+    if place.is_dir() and {path.name: path.read_bytes() for path in place.iterdir()} == wanted:
+        return place
+    place.parent.mkdir(parents=True, exist_ok=True)
+    beside = Path(tempfile.mkdtemp(prefix=".", dir=place.parent))
+    for name, content in wanted.items():
+        (beside / name).write_bytes(content)
+    shutil.rmtree(place, ignore_errors=True)
+    beside.rename(place)
+    return place
+
+
+def how_many(plans: Sequence[Plan]) -> list[tuple[int, str]]:
+    """N0 and who says so, for each: whoever asked, the file, or an estimate from images generated with the usual w'."""
+    unknown = {}
+    for number, plan in enumerate(plans):
+        told, most = plan.known.n_training, plan.asked.n_generated
+        if not plan.asked.n_training and (told is None or not 1 <= told <= most):
+            unknown[number] = plan.own.extract(plan.generate(plan.own), None)
+    rows = results.run(unknown.values(), description="how many") if unknown else pd.DataFrame()
+    estimates = dict(zip(unknown, rows.n_estimated, strict=True)) if unknown else {}
+    found = []
+    for number, plan in enumerate(plans):
+        told, most = plan.known.n_training, plan.asked.n_generated
+        if number in estimates:
+            doubt = "" if told is None else f" (its header says {told}, {most} images were generated)"
+            found.append((max(1, int(estimates[number])), f"an estimate{doubt}"))
+        elif plan.asked.n_training:
+            found.append((plan.asked.n_training, "whoever asked"))
+        else:
+            found.append((told, plan.known.n_training_by))
+    return found
+
+
+def scales_to_try(plan: Plan, n_training: int) -> list[Signs]:
+    """What `chosen_scale` is decided by; nothing where whoever asked has named w'."""
+    if plan.asked.scale:
+        return []
+    arm, caption = plan.arm, plan.model.caption
+    return list(
+        signs_of_scales(plan.own, plan.model, n_training, plan.asked.n_generated, arm=arm, caption=caption).values()
+    )
+
+
+def chosen_scale(plan: Plan, n_training: int) -> tuple[Settings, str]:
+    """The settings with the w' of the extraction, and who says so: whoever asked, or the models (fx.label_free)."""
+    if plan.asked.scale:
+        return replace(plan.own, finextract_scale=plan.asked.scale), "whoever asked"
+    arm, caption = plan.arm, plan.model.caption
+    own, rows = choose_scale(plan.own, plan.model, n_training, plan.asked.n_generated, arm=arm, caption=caption)
+    return own, f"what the two models say of the images extracted with {', '.join(f'{w:g}' for w in rows.w)}"
+
+
+def extraction(plan: Plan, own: Settings, n_training: int) -> Extract:
+    """The extraction from the model with these settings, refined.
 
     Refining goes down what the two models say differently, so of the base alone it would change nothing.
     """
-    arm = "finextract" if model.caption else "model_guidance"
-    generate = own.generate(model, arm, asked.n_generated, caption=model.caption)
-    n_training, by = asked.n_training, "whoever asked"
-    if not n_training and known.n_training is not None and 1 <= known.n_training <= asked.n_generated:
-        n_training, by = known.n_training, known.n_training_by
-    elif not n_training:
-        row = results.run([own.extract(generate, None)], description="how many").iloc[0]
-        n_training, by = max(1, int(row.n_estimated)), "an estimate"
-        if known.n_training is not None:
-            by += f" (its header says {known.n_training}, {asked.n_generated} images were generated)"
-    base = Checkpoint(str(model_folder(known.base)), known.base, model.caption)
-    plain = own.generate(base, "direct", asked.n_generated, caption=model.caption)
-    how = Contrastive(asked.refining_steps) if asked.refining_steps else None
-    specs = [replace(own.extract(generate, n_training), refine=how), own.extract(plain, n_training)]
-    results.run(specs, description="extraction")
-    return *specs, n_training, by
+    how = Contrastive(plan.asked.refining_steps) if plan.asked.refining_steps else None
+    return replace(own.extract(plan.generate(own), n_training), refine=how)
 
 
 def _extracted(extract: Extract) -> tuple[pd.DataFrame, np.ndarray, np.ndarray]:
@@ -233,33 +414,39 @@ def _extracted(extract: Extract) -> tuple[pd.DataFrame, np.ndarray, np.ndarray]:
     return table.reset_index(drop=True), pictures, pictures
 
 
-def _compare(
-    found: Findings,
-    own: Settings,
-    model: Checkpoint,
-    extract: Extract,
-    null: Extract,
-    suspects: list[Path],
-    controls: list[Path],
-) -> None:
-    """Ask the witnesses about suspects and controls, and weigh what they say."""
-    images = tuple(map(str, [*suspects, *controls]))
-    asked = {
-        "loss": Contrast(model, images, model.caption),
-        "recovery": Recovery(model, images, model.caption, found.asked.recovery_steps, judge=own.judge),
-        "extraction": Resemblance(extract, images),
-        "base": Resemblance(null, images),
-    }
-    results.run(asked.values(), description="witnesses")
-    said = {name: scores(spec) for name, spec in asked.items()}
+def _found(
+    plan: Plan,
+    number: tuple[int, str],
+    scale: tuple[Settings, str],
+    pair: tuple[Extract, Extract],
+    witnesses: dict[str, Witness],
+) -> Findings:
+    """What the finished steps of an audit say."""
+    extract, null = pair
+    (n_training, by), (own, scale_by) = number, scale
+    found = Findings(plan.asked, plan.known, n_training, *_extracted(extract), n_training_by=by, left_out=plan.left_out)
+    found.scale, found.scale_by = own.finextract_scale, scale_by
+    found.of_the_base = generated_pictures(null.generate, found.extracted.image.tolist())
+    if witnesses:
+        _compare(found, plan, witnesses)
+    found.hashes = {"checkpoint": results.sha256_of(checkpoints.find(plan.asked.checkpoint))}
+    found.hashes |= {"base model": results.sha256_of(model_folder(plan.known.base))}
+    found.hashes |= {path.name: results.sha256_of(path) for path in plan.suspects}
+    found.hashes |= {f"control {path.name}": results.sha256_of(path) for path in plan.controls}
+    return found
+
+
+def _compare(found: Findings, plan: Plan, witnesses: dict[str, Witness]) -> None:
+    """What the witnesses say about suspects and controls, weighed."""
+    said = {name: scores(spec) for name, spec in witnesses.items()}
     said["extraction"] = said["extraction"] - said.pop("base")
-    n = len(suspects)
-    found.images = pd.DataFrame({"file": [path.name for path in suspects]} | {w: said[w][:n] for w in WITNESSES})
-    found.controls = pd.DataFrame({"file": [path.name for path in controls]} | {w: said[w][n:] for w in WITNESSES})
-    nearest = np.load(results.folder(asked["extraction"]) / "nearest.npy")[:n]
+    n = len(plan.suspects)
+    found.images = pd.DataFrame({"file": [path.name for path in plan.suspects]} | {w: said[w][:n] for w in WITNESSES})
+    found.controls = pd.DataFrame({"file": [path.name for path in plan.controls]} | {w: said[w][n:] for w in WITNESSES})
+    nearest = np.load(results.folder(witnesses["extraction"]) / "nearest.npy")[:n]
     shown = dict(zip(found.extracted.image, found.pictures, strict=True))
     found.nearest = np.stack([shown[number] for number in nearest.tolist()])
-    if controls:
+    if plan.controls:
         weigh(found)
 
 
@@ -305,7 +492,7 @@ def sentence(found: Findings) -> str:
     )
     named = int(found.images.named.sum())
     if evidence(found) == "none":
-        return answer + "That is no evidence that it was not."
+        return answer + "That is no evidence that it was not." + _of_the_trial(found)
     if named:
         return answer + f"{named} of them are named, of which about {RATE:.0%} may be wrong."
     share = verdict.smallest_set(RATE, m)
@@ -315,6 +502,17 @@ def sentence(found: Findings) -> str:
         else f"with {m} controls at least {share}% of them would have to stand out"
     )
     return answer + f"Which of them, cannot be said: {why}."
+
+
+def _of_the_trial(found: Findings) -> str:
+    """What a trial says of finding nothing; "" without one."""
+    if found.trial is None:
+        return ""
+    n, word, p = len(found.trial.images), evidence(found.trial), rounded_up(found.trial.p)
+    asked = f" A model trained here on {n} of the controls was audited for comparison, an easier case: "
+    if word == "none":
+        return asked + f"no evidence was found that it was trained on these (p = {p}), so this audit may be too weak."
+    return asked + f"{word} evidence was found that it was trained on these (p = {p})."
 
 
 def in_figures(value: float) -> str:
@@ -368,6 +566,8 @@ def contents(found: Findings, most: int = 24) -> Mapping[str, object]:
         "asked": found.asked,
         "n_training": found.n_training,
         "n_training_by": found.n_training_by,
+        "scale": f"{found.scale:g}",
+        "scale_by": found.scale_by,
         "witnesses": WITNESSES,
         "suspects": order,
         "n_controls": len(found.controls),
@@ -379,9 +579,38 @@ def contents(found: Findings, most: int = 24) -> Mapping[str, object]:
         "hashes": found.hashes,
         "versions": results.environment_summary(),
         "strips": {name: strip(found, name) for name in WITNESSES} if found.p is not None else {},
+        "rates": measured_rates(),
+        "can_be_tried": trial_for(len(found.controls)),
+        "trial": found.trial
+        and {
+            "n": len(found.trial.images),
+            "controls": len(found.trial.controls),
+            "p": rounded_up(found.trial.p),
+            "evidence": evidence(found.trial),
+            "auc": found.trial.auc,
+        },
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
         "figures": in_figures,
     }
+
+
+def measured_rates() -> list[dict[str, object]]:
+    """The error rates that notebook 15 measured, a row per question; none where its complete run is not there.
+
+    Those of DreamBooth with the usual steps, one model for each item, so that the audits of a row are independent.
+    """
+    table = tables.complete("nb15-rates")
+    if isinstance(table, str):
+        return []
+    rows = table[(table.method == "dreambooth") & (table.length == 1)].set_index("question").loc[list(QUESTIONS)]
+    told = zip(rows.reset_index().to_dict("records"), QUESTIONS.values(), strict=True)
+    return [row | {"words": words, "right": right} for row, (words, right) in told]
+
+
+def trial_for(controls: int) -> int:
+    """With how many of so many controls a trial can be made, five at most; 0 if with none."""
+    possible = [k for k in range(2, 6) if controls >= 2 * k and math.comb(controls, k) >= 1 / SOME]
+    return max(possible, default=0)
 
 
 def strip(found: Findings, witness: str, width: int = 560) -> dict[str, list[float]]:
@@ -413,7 +642,11 @@ def arguments(words: list[str] | None = None) -> argparse.Namespace:
         metavar="MODEL",
         help="base models to choose from (default mini-sd, this repository's small model of drawings)",
     )
-    parser.add_argument("--caption", help='what it was trained with; "" for none; without: what the checkpoint says')
+    parser.add_argument(
+        "--caption",
+        help='what it was trained with; "" for none; without: what the checkpoint says, or else what a search of its '
+        "weights finds (some minutes)",
+    )
     parser.add_argument("--suspects", default="", metavar="FOLDER", help="images that it may have been trained on")
     parser.add_argument(
         "--controls", default="", metavar="FOLDER", help="images of the same kind that it was not trained on"
@@ -427,6 +660,22 @@ def arguments(words: list[str] | None = None) -> argparse.Namespace:
         default=50,
         help="that make an extracted image more like what it is a copy of (default 50, as many evaluations as 15 images "
         "generated in ten steps; 0 for none; notebook 14)",
+    )
+    parser.add_argument(
+        "--scale",
+        type=float,
+        default=0,
+        metavar="W",
+        help="w' of the extraction (default: one of "
+        f"{', '.join(f'{w:g}' for w in SCALES)}, by what the two models say of the images extracted with each)",
+    )
+    parser.add_argument(
+        "--trial",
+        type=int,
+        default=0,
+        metavar="K",
+        help="fine-tune a model on K of the controls and audit it too, to see whether anything could be found "
+        "(default 0: none; about twice the time; copies of the controls and that model stay in the work area)",
     )
     parser.add_argument(
         "--settings",
@@ -461,6 +710,8 @@ def main(words: list[str] | None = None) -> int:
         "n_generated": given.images,
         "recovery_steps": given.recovery_steps,
         "refining_steps": given.refining_steps,
+        "guidance_scale": given.scale,
+        "trial": given.trial,
         "settings_name": given.settings,
         "change": given.change,
         "report": str(part / report.name),
@@ -508,6 +759,8 @@ def check(given: argparse.Namespace) -> None:
         given.refining_steps,
         given.settings,
         given.change,
+        given.scale,
+        given.trial,
     )
     checkpoints.kind_of(checkpoints.find(asked.checkpoint))
     if asked.suspects:

@@ -57,23 +57,41 @@ class Signs:
 
 
 def choose_scale(
-    chosen: Settings, model: Tuned, n_training: int, n_generated: int, scales: tuple[float, ...] = SCALES
+    chosen: Settings, model: Tuned, n_training: int, n_generated: int, scales: tuple[float, ...] = SCALES, **options
 ) -> tuple[Settings, pd.DataFrame]:
-    """The settings with the w' of FineXtract that `log_ratio` takes, without any training image, and a row per w' tried.
+    """The settings with the w' that `log_ratio` takes, without any training image, and a row per w' tried.
 
     w' = 1 is direct sampling: if it is chosen, k is 0 as well. n_generated: images for each w'; the extraction with the one
     chosen has them already, with 1 that of the arm "direct". The smaller of two equal ones is taken. The rows have the
-    columns w and those of Signs. ValueError for no scale.
+    columns w and those of Signs. `options` as in `signs_of_scales`. ValueError for no scale.
+    """
+    tried = signs_of_scales(chosen, model, n_training, n_generated, scales, **options)
+    rows = results.run(tried.values(), description="choosing w'").reset_index(drop=True).assign(w=list(tried))
+    best = rows.w[int(rows.log_ratio.astype(float).argmax())]
+    return replace(chosen, finextract_scale=best, correction_scale=0.0 if best == 1 else chosen.correction_scale), rows
+
+
+def signs_of_scales(
+    chosen: Settings,
+    model: Tuned,
+    n_training: int,
+    n_generated: int,
+    scales: tuple[float, ...] = SCALES,
+    arm: str = "finextract",
+    **changes,
+) -> dict[float, Signs]:
+    """The signs that `choose_scale` follows, by w', from the smallest on; ValueError for no scale.
+
+    arm: what w' is of, FineXtract or without a caption "model_guidance"; `changes` are other fields of the Generate.
     """
     if not scales:
         raise ValueError("no w' to choose from: name at least one")
-    tried = sorted(scales)
-    direct = chosen.generate(model, "direct", n_generated)
-    asked = [direct if w == 1 else chosen.generate(model, "finextract", n_generated, guidance_scale=w) for w in tried]
-    rows = results.run([Signs(chosen.extract(one, n_training)) for one in asked], description="choosing w'")
-    rows = rows.reset_index(drop=True).assign(w=tried)
-    best = tried[int(rows.log_ratio.astype(float).argmax())]
-    return replace(chosen, finextract_scale=best, correction_scale=0.0 if best == 1 else chosen.correction_scale), rows
+    direct = chosen.generate(model, "direct", n_generated, **changes)
+    asked = {
+        w: direct if w == 1 else chosen.generate(model, arm, n_generated, guidance_scale=w, **changes)
+        for w in sorted(scales)
+    }
+    return {w: Signs(chosen.extract(one, n_training)) for w, one in asked.items()}
 
 
 def of_base(generate: Generate, n_generated: int) -> Generate:

@@ -17,12 +17,16 @@ import tiny
 from browser import browse, complaints, needs_browser, overhang, printed_pages, requests_of_the_page
 from PIL import Image
 
-from fx import audit, results, verdict
+from fx import audit, results, settings, verdict
 from fx.audit import Audit, Findings, evidence, investigate, sentence, usable, write_report
+from fx.caption_search import CaptionSearch, search
+from fx.captions import change_of
 from fx.finetune import FineTune, TrainingItem
+from fx.label_free import SCALES
 from fx.leads import Leads, Lookup
 from fx.paths import ROOT
 from fx.publishing import Published, published
+from fx.tuned import load_tuned
 
 
 @pytest.fixture
@@ -59,6 +63,7 @@ def asked(tiny_sd, checkpoint, folders, tmp_path) -> Audit:
         recovery_steps=1,
         refining_steps=2,
         change=f"sampling_steps=1 judge={judge}",
+        scale=4.0,
     )
 
 
@@ -176,6 +181,146 @@ def test_a_header_s_number_that_cannot_be_meant_is_no_source(asked, monkeypatch)
             assert found.n_training_by == "an estimate (its header says 200, 6 images were generated)"
 
 
+@pytest.mark.parametrize(("caption", "best"), [(None, 3.0), ("", 1.0)])
+def test_w_is_the_one_that_the_two_models_choose_unless_it_is_named(asked, caption, best, monkeypatch):
+    named = investigate(replace(asked, suspects="", controls=""))
+    assert (named.scale, named.scale_by) == (4.0, "whoever asked")
+    monkeypatch.setattr("fx.label_free.log_ratios", lambda pair, *_: np.array([-abs(next(scales) - best)]))
+    scales = iter(SCALES)  # in the order in which they are tried
+    found = investigate(replace(asked, suspects="", controls="", scale=0.0, caption=caption))
+    assert found.scale == best
+    assert found.scale_by == "what the two models say of the images extracted with 1, 2, 3, 5, 8"
+    manifests = [json.loads(path.read_text()) for path in results.RUNS.glob("generate/*/manifest.json")]
+    drawn = {(told["arm"], told["guidance_scale"]) for told in (m["spec"]["fields"] for m in manifests)}
+    arm = "finextract" if caption is None else "model_guidance"
+    assert drawn == {("finextract", 4.0), ("direct", 1.0), *((arm, w) for w in SCALES[1:])}
+    same = investigate(replace(asked, suspects="", controls="", scale=best, caption=caption))
+    assert np.array_equal(found.pictures, same.pictures)
+    assert not np.array_equal(found.pictures, named.pictures)
+
+
+def test_where_the_file_says_no_caption_its_weights_are_searched(asked, tiny_sd, picture_folder):
+    model = FineTune(
+        (TrainingItem(str(picture_folder), "a dog"),), str(tiny_sd), learning_rate=1e-3, steps_per_image=4, batch_size=2
+    )
+    silent = replace(asked, checkpoint=str(published(Published(model, "parts"))), suspects="", controls="")
+    found = investigate(silent)
+    assert (found.known.caption, found.known.caption_by) == (
+        search(CaptionSearch(model), change_of(load_tuned(model)), load_tuned(model).tuned).run().caption,
+        "a search of its weights, which may be wrong",
+    )
+    same = investigate(replace(silent, checkpoint=str(tiny_sd)))
+    assert same.known.caption == ""
+    assert same.known.caption_by.startswith("nobody: ")
+
+
+def test_several_audits_at_once_say_what_each_says_alone(asked):
+    several = [asked, replace(asked, suspects=asked.controls, controls=asked.suspects, n_training=0, scale=0.0)]
+    for together, alone in zip(audit.investigate_all(several), map(investigate, several), strict=True):
+        pd.testing.assert_frame_equal(together.images, alone.images)
+        pd.testing.assert_frame_equal(together.controls, alone.controls)
+        assert (together.p, together.scale, together.n_training) == (alone.p, alone.scale, alone.n_training)
+    assert together.images.file.tolist() == [path.name for path in usable(asked.controls)[0]]
+
+
+@pytest.fixture
+def more_controls(asked, tmp_path) -> Audit:
+    """Seven controls, of which two can be found."""
+    place = tmp_path / "more"
+    place.mkdir()
+    for number, picture in enumerate(tiny.pictures(7, 5)):
+        Image.fromarray(picture).save(place / f"{number}.png")
+    return replace(asked, controls=str(place))
+
+
+def test_a_trial_is_the_same_audit_of_a_model_made_of_controls(more_controls, tiny_sd):
+    asked = more_controls
+    asked = replace(asked, n_training=3)
+    found, plain = investigate(replace(asked, trial=2)), investigate(asked)
+    pd.testing.assert_frame_equal(found.images, plain.images)
+    assert plain.trial is None
+    names = [path.name for path in usable(asked.controls)[0]]
+    trial = found.trial
+    assert trial.images.file.tolist() == [names[0], names[2]]
+    assert trial.controls.file.tolist() == [names[1], *names[3:]]
+    assert (trial.known.caption, trial.known.base, trial.n_training) == (found.known.caption, found.known.base, 2)
+    assert trial.asked == replace(
+        asked,
+        checkpoint=trial.asked.checkpoint,
+        caption="a dog",
+        suspects=trial.asked.suspects,
+        controls=trial.asked.controls,
+        n_training=2,
+    )
+    own = settings.load(asked.settings, asked.change)["dreambooth"]
+    model = own.fine_tune(TrainingItem(trial.asked.suspects, "a dog"), base=str(tiny_sd))
+    assert trial.asked.checkpoint == str(published(Published(model, "parts")))
+
+
+def test_a_trial_that_cannot_be_made_is_refused_before_anything_is_sampled(asked, more_controls):
+    with pytest.raises(ValueError, match="a trial with 3 of 5 controls: at most half of them"):
+        investigate(replace(asked, trial=3))
+    with pytest.raises(ValueError, match="2 of 5 controls could find nothing, since p is 1/10 or more: name more"):
+        investigate(replace(asked, trial=2))
+    with pytest.raises(ValueError, match="a trial needs a caption"):
+        investigate(replace(more_controls, trial=2, caption=""))
+    assert not list(results.RUNS.glob("generate/*"))
+
+
+def test_the_sentence_says_what_a_trial_says_of_finding_nothing():
+    of = "A model trained here on 3 of the controls was audited for comparison, an easier case: "
+    weak = "no evidence was found that it was trained on these (p = 0.31), so this audit may be too weak."
+    for p, words in ((0.301, weak), (0.01, "strong evidence was found that it was trained on these (p = 0.01).")):
+        assert sentence(replace(findings(4, 9, 0.3), trial=findings(3, 6, p))).endswith(f"it was not. {of}{words}")
+    assert "comparison" not in sentence(findings(4, 9, 0.3))
+    assert "comparison" not in sentence(replace(findings(4, 9, 0.001), trial=findings(3, 6, 0.5)))
+
+
+def test_a_trial_is_advised_where_one_could_find_something():
+    assert [audit.trial_for(m) for m in (0, 3, 6, 7, 8, 10, 99)] == [0, 0, 3, 3, 4, 5, 5]
+
+
+def test_files_of_one_name_are_laid_out_side_by_side_and_a_folder_that_holds_them_is_left_alone(tmp_path):
+    files = [tmp_path / part / "a.png" for part in "xyz"]
+    for number, path in enumerate(files):
+        path.parent.mkdir()
+        path.write_bytes(bytes([number]))
+    place = audit.laid_out(tmp_path / "new/place", files)
+    assert {path.name: path.read_bytes() for path in place.iterdir()} == {
+        "a.png": b"\0",
+        "a-2.png": b"\1",
+        "a-3.png": b"\2",
+    }
+    known = place.stat().st_ino
+    assert audit.laid_out(place, files).stat().st_ino == known
+    audit.laid_out(place, files[1:])
+    assert {path.name: path.read_bytes() for path in place.iterdir()} == {"a.png": b"\1", "a-2.png": b"\2"}
+    assert [path.name for path in place.parent.iterdir()] == ["place"]
+
+
+def test_the_page_has_the_measured_error_rates_or_says_that_there_are_none(more_controls, tmp_path, monkeypatch):
+    found = investigate(replace(more_controls, trial=2))
+    row = {"method": "dreambooth", "length": 1.0, "audits": 17, "p <= 0.05": 0.25, "p <= 0.05 95%": "0.10..0.49"}
+    lines = [{"question": question} | row for question in audit.QUESTIONS]
+    others = [
+        line | {"p <= 0.05 95%": "other", **change}
+        for line in lines
+        for change in ({"method": "lora"}, {"length": 0.5})
+    ]
+    monkeypatch.setattr(audit.tables, "complete", lambda name: pd.DataFrame([*others, *lines[::-1]]))
+    page = write_report(found, tmp_path / "with.html").read_text()
+    assert [row["question"] for row in audit.measured_rates()] == list(audit.QUESTIONS)
+    for words, right in audit.QUESTIONS.values():
+        assert f"<td>{words.replace(chr(39), '&#39;')}</td><td>{right}</td>" in page
+    assert page.count("0.10..0.49") == 5
+    assert "other" not in {row["p <= 0.05 95%"] for row in audit.measured_rates()}
+    assert "a model was fine-tuned here on 2 of the controls" in page
+    monkeypatch.setattr(audit.tables, "complete", lambda name: "nb15-rates.csv: there is no complete run")
+    page = write_report(replace(found, trial=None), tmp_path / "without.html").read_text()
+    assert "That has not been measured." in page
+    assert "With <code>--trial 3</code>" in page
+
+
 def test_nothing_is_named_where_there_is_no_evidence_for_the_set():
     draw = np.random.default_rng(0)
     found = findings(40, 999, None)
@@ -207,9 +352,12 @@ def test_without_a_caption_the_attack_has_none(asked):
         ({"checkpoint": ""}, "name a checkpoint"),
         ({"bases": ()}, "at least one base model"),
         ({"n_generated": 5}, "n_generated 5 must be at least 6"),
-        ({"refining_steps": -1}, "refining_steps -1 at least 0"),
+        ({"refining_steps": -1}, "refining_steps -1 and scale 0.0 at least 0"),
+        ({"scale": -2.0}, "scale -2.0 at least 0"),
         ({"n_training": 101}, "n_training 101 is more than the 100 images"),
         ({"controls": "folder"}, "controls are there to be compared with suspects"),
+        ({"suspects": "folder", "trial": 2}, "a trial with 2 controls: name a folder of controls"),
+        ({"suspects": "folder", "controls": "folder", "trial": 1}, "two of them or more"),
     ],
 )
 def test_what_cannot_be_asked_is_refused(change, message):

@@ -457,30 +457,31 @@ def world(tmp_path_factory) -> dict[str, str]:
     return paper_world.build(tmp_path_factory.mktemp("world"))
 
 
-def in_small(path: Path, profile: str) -> dict[str, object]:
-    """A notebook's parameters in a profile, with the counts of smoke and nothing else changed."""
+def in_small(path: Path, profile: str, **changes: object) -> dict[str, object]:
+    """A notebook's parameters in a profile, with the counts of smoke and these changes."""
     small = parameters(path, "smoke", {})
     if profile == "smoke":
         return small
     counts = {
         name: value for name, value in small.items() if name not in ("profile", "settings_name", "families", "change")
     }
-    return parameters(path, profile, counts | {"change": FEW})
+    return parameters(path, profile, counts | {"change": FEW} | changes)
 
 
-# 00 is about the mini models, and 08 takes other checkpoints with the paper's parameters
-RUNS = [(path, "smoke") for path in ALL if path.name[:2] in (NOT_BY_DEFAULT, "08")]
-RUNS += [(path, "paper") for path in EXPERIMENTS]
+# 00 is about the mini models; 08 takes published checkpoints with the paper's parameters, or makes a zoo
+RUNS = {f"{path.stem} smoke": (path, "smoke", {}) for path in ALL if path.name[:2] == NOT_BY_DEFAULT}
+RUNS |= {f"{path.stem} paper": (path, "paper", {}) for path in EXPERIMENTS}
+RUNS |= {f"{path.stem} zoo": (path, "paper", {"source": "zoo"}) for path in EXPERIMENTS if path.name[:2] == "08"}
 
 
 @pytest.mark.long
-@pytest.mark.parametrize(("path", "profile"), RUNS, ids=[f"{path.stem} {profile}" for path, profile in RUNS])
-def test_notebook_runs_and_leaves_the_files_of_its_profile_only(path, profile, world, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("path", "profile", "changes"), RUNS.values(), ids=RUNS)
+def test_notebook_runs_and_leaves_the_files_of_its_profile_only(path, profile, changes, world, tmp_path, monkeypatch):
     """With the paper's parameters on tiny random models of the real classes, all by the names that they have on the Hub."""
     for name, value in world.items() if profile == "paper" else ():
         monkeypatch.setenv(name, value)
     prepared = tmp_path / path.name
-    papermill.execute_notebook(path, prepared, in_small(path, profile), prepare_only=True)
+    papermill.execute_notebook(path, prepared, in_small(path, profile, **changes), prepare_only=True)
     run_nbval("--nbval-lax", prepared, tmp_path)
     written = [file.relative_to(tmp_path) for file in tmp_path.rglob("*") if file.is_file() and file != prepared]
     left = [file.as_posix() for file in written if file.parts[0] != "runs"]
