@@ -207,7 +207,7 @@ def suspects_and_controls(asked: Audit) -> tuple[list[Path], list[Path], list[st
 
 
 @dataclass(frozen=True)
-class Plan:
+class Prepared:
     """What an audit knows before anything is sampled: the question, what the files say, the model, the images."""
 
     asked: Audit
@@ -246,7 +246,7 @@ class Plan:
         }
 
 
-def planned(asked: Audit) -> Plan:
+def prepared(asked: Audit) -> Prepared:
     """Everything that is known before anything is sampled; raises what loading a checkpoint and reading images raises."""
     suspects, controls, lines = suspects_and_controls(asked) if asked.suspects else ([], [], [])
     chosen = settings.load(asked.settings, asked.change)
@@ -257,7 +257,7 @@ def planned(asked: Audit) -> Plan:
         known = read_caption(known)
     if asked.trial and not known.caption:
         raise ValueError("a trial needs a caption to train with, and none is known of the checkpoint: name one")
-    return Plan(asked, known, chosen[known.method], known.checkpoint(), suspects, controls, lines)
+    return Prepared(asked, known, chosen[known.method], known.checkpoint(), suspects, controls, lines)
 
 
 def read_caption(known: Leads) -> Leads:
@@ -281,45 +281,45 @@ def investigate(asked: Audit) -> Findings:
 
 def investigate_all(several: Sequence[Audit]) -> list[Findings]:
     """`investigate` for each of several audits, whose steps are done together, on the machines there are."""
-    plans = [planned(asked) for asked in several]
-    numbers = how_many(plans)
-    if tried := [spec for plan, (n, _) in zip(plans, numbers, strict=True) for spec in scales_to_try(plan, n)]:
+    all_ready = [prepared(asked) for asked in several]
+    numbers = how_many(all_ready)
+    if tried := [spec for ready, (n, _) in zip(all_ready, numbers, strict=True) for spec in scales_to_try(ready, n)]:
         results.run(tried, description="choosing w'")
-    scales = [chosen_scale(plan, n) for plan, (n, _) in zip(plans, numbers, strict=True)]
+    scales = [chosen_scale(ready, n) for ready, (n, _) in zip(all_ready, numbers, strict=True)]
     pairs = [
-        (extraction(plan, own, n), plan.null(n))
-        for plan, own, (n, _) in zip(plans, [own for own, _ in scales], numbers, strict=True)
+        (extraction(ready, own, n), ready.null(n))
+        for ready, own, (n, _) in zip(all_ready, [own for own, _ in scales], numbers, strict=True)
     ]
     results.run([spec for pair in pairs for spec in pair], description="extraction")
-    asked_of = [plan.witnesses(*pair) if plan.suspects else {} for plan, pair in zip(plans, pairs, strict=True)]
+    asked_of = [ready.witnesses(*pair) if ready.suspects else {} for ready, pair in zip(all_ready, pairs, strict=True)]
     results.run([spec for witnesses in asked_of for spec in witnesses.values()], description="witnesses")
-    found = [_found(*parts) for parts in zip(plans, numbers, scales, pairs, asked_of, strict=True)]
-    if of_trials := {number: trial_of(plan) for number, plan in enumerate(plans) if plan.asked.trial}:
+    found = [_found(*parts) for parts in zip(all_ready, numbers, scales, pairs, asked_of, strict=True)]
+    if of_trials := {number: trial_of(ready) for number, ready in enumerate(all_ready) if ready.asked.trial}:
         for number, trial in zip(of_trials, investigate_all(list(of_trials.values())), strict=True):
             found[number].trial = trial
     return found
 
 
-def trial_of(plan: Plan) -> Audit:
+def trial_of(ready: Prepared) -> Audit:
     """An audit of a model that is fine-tuned now, on some of the controls: would it find what we know is there?
 
     On the same base with the caption of the audit, whole or by LoRA as the checkpoint, with the settings' rank and steps.
     Every second control is taken, up to `trial`; the others are the controls. It is an easier case than the audit: all its
     suspects were trained on, and caption and number are right.
     """
-    asked, taken = plan.asked, plan.controls[: 2 * plan.asked.trial : 2]
-    files = {"suspects": taken, "controls": [path for path in plan.controls if path not in taken]}
+    asked, taken = ready.asked, ready.controls[: 2 * ready.asked.trial : 2]
+    files = {"suspects": taken, "controls": [path for path in ready.controls if path not in taken]}
     named = "".join(f"{path.name} {pixels(path)} " for path in [*taken, *files["controls"]])
     root = results.RUNS / "audit/trials" / hashlib.sha256(named.encode(errors="surrogateescape")).hexdigest()[:16]
     places = {kind: laid_out(root / kind, paths) for kind, paths in files.items()}
-    item = TrainingItem(str(places["suspects"]), plan.known.caption)
-    model = Published(plan.own.fine_tune(item, base=plan.known.base), FORMS[plan.known.method])
+    item = TrainingItem(str(places["suspects"]), ready.known.caption)
+    model = Published(ready.own.fine_tune(item, base=ready.known.base), FORMS[ready.known.method])
     results.run([model], description="a trial")
     return replace(
         asked,
         checkpoint=str(published(model)),
-        bases=(plan.known.base,),
-        caption=plan.known.caption,
+        bases=(ready.known.base,),
+        caption=ready.known.caption,
         suspects=str(places["suspects"]),
         controls=str(places["controls"]),
         n_training=min(len(taken), asked.n_generated),
@@ -350,54 +350,54 @@ def laid_out(place: Path, files: Sequence[Path]) -> Path:
     return place
 
 
-def how_many(plans: Sequence[Plan]) -> list[tuple[int, str]]:
+def how_many(all_ready: Sequence[Prepared]) -> list[tuple[int, str]]:
     """N0 and who says so, for each: whoever asked, the file, or an estimate from images generated with the usual w'."""
     unknown = {}
-    for number, plan in enumerate(plans):
-        told, most = plan.known.n_training, plan.asked.n_generated
-        if not plan.asked.n_training and (told is None or not 1 <= told <= most):
-            unknown[number] = plan.own.extract(plan.generate(plan.own), None)
+    for number, ready in enumerate(all_ready):
+        told, most = ready.known.n_training, ready.asked.n_generated
+        if not ready.asked.n_training and (told is None or not 1 <= told <= most):
+            unknown[number] = ready.own.extract(ready.generate(ready.own), None)
     rows = results.run(unknown.values(), description="how many") if unknown else pd.DataFrame()
     estimates = dict(zip(unknown, rows.n_estimated, strict=True)) if unknown else {}
     found = []
-    for number, plan in enumerate(plans):
-        told, most = plan.known.n_training, plan.asked.n_generated
+    for number, ready in enumerate(all_ready):
+        told, most = ready.known.n_training, ready.asked.n_generated
         if number in estimates:
             doubt = "" if told is None else f" (its header says {told}, {most} images were generated)"
             found.append((max(1, int(estimates[number])), f"an estimate{doubt}"))
-        elif plan.asked.n_training:
-            found.append((plan.asked.n_training, "whoever asked"))
+        elif ready.asked.n_training:
+            found.append((ready.asked.n_training, "whoever asked"))
         else:
-            found.append((told, plan.known.n_training_by))
+            found.append((told, ready.known.n_training_by))
     return found
 
 
-def scales_to_try(plan: Plan, n_training: int) -> list[Signs]:
+def scales_to_try(ready: Prepared, n_training: int) -> list[Signs]:
     """What `chosen_scale` is decided by; nothing where whoever asked has named w'."""
-    if plan.asked.scale:
+    if ready.asked.scale:
         return []
-    arm, caption = plan.arm, plan.model.caption
+    arm, caption = ready.arm, ready.model.caption
     return list(
-        signs_of_scales(plan.own, plan.model, n_training, plan.asked.n_generated, arm=arm, caption=caption).values()
+        signs_of_scales(ready.own, ready.model, n_training, ready.asked.n_generated, arm=arm, caption=caption).values()
     )
 
 
-def chosen_scale(plan: Plan, n_training: int) -> tuple[Settings, str]:
+def chosen_scale(ready: Prepared, n_training: int) -> tuple[Settings, str]:
     """The settings with the w' of the extraction, and who says so: whoever asked, or the models (fx.label_free)."""
-    if plan.asked.scale:
-        return replace(plan.own, finextract_scale=plan.asked.scale), "whoever asked"
-    arm, caption = plan.arm, plan.model.caption
-    own, rows = choose_scale(plan.own, plan.model, n_training, plan.asked.n_generated, arm=arm, caption=caption)
+    if ready.asked.scale:
+        return replace(ready.own, finextract_scale=ready.asked.scale), "whoever asked"
+    arm, caption = ready.arm, ready.model.caption
+    own, rows = choose_scale(ready.own, ready.model, n_training, ready.asked.n_generated, arm=arm, caption=caption)
     return own, f"what the two models say of the images extracted with {', '.join(f'{w:g}' for w in rows.w)}"
 
 
-def extraction(plan: Plan, own: Settings, n_training: int) -> Extract:
+def extraction(ready: Prepared, own: Settings, n_training: int) -> Extract:
     """The extraction from the model with these settings, refined.
 
     Refining goes down what the two models say differently, so of the base alone it would change nothing.
     """
-    how = Contrastive(plan.asked.refining_steps) if plan.asked.refining_steps else None
-    return replace(own.extract(plan.generate(own), n_training), refine=how)
+    how = Contrastive(ready.asked.refining_steps) if ready.asked.refining_steps else None
+    return replace(own.extract(ready.generate(own), n_training), refine=how)
 
 
 def _extracted(extract: Extract) -> tuple[pd.DataFrame, np.ndarray, np.ndarray]:
@@ -415,7 +415,7 @@ def _extracted(extract: Extract) -> tuple[pd.DataFrame, np.ndarray, np.ndarray]:
 
 
 def _found(
-    plan: Plan,
+    ready: Prepared,
     number: tuple[int, str],
     scale: tuple[Settings, str],
     pair: tuple[Extract, Extract],
@@ -424,29 +424,33 @@ def _found(
     """What the finished steps of an audit say."""
     extract, null = pair
     (n_training, by), (own, scale_by) = number, scale
-    found = Findings(plan.asked, plan.known, n_training, *_extracted(extract), n_training_by=by, left_out=plan.left_out)
+    found = Findings(
+        ready.asked, ready.known, n_training, *_extracted(extract), n_training_by=by, left_out=ready.left_out
+    )
     found.scale, found.scale_by = own.finextract_scale, scale_by
     found.of_the_base = generated_pictures(null.generate, found.extracted.image.tolist())
     if witnesses:
-        _compare(found, plan, witnesses)
-    found.hashes = {"checkpoint": results.sha256_of(checkpoints.find(plan.asked.checkpoint))}
-    found.hashes |= {"base model": results.sha256_of(model_folder(plan.known.base))}
-    found.hashes |= {path.name: results.sha256_of(path) for path in plan.suspects}
-    found.hashes |= {f"control {path.name}": results.sha256_of(path) for path in plan.controls}
+        _compare(found, ready, witnesses)
+    found.hashes = {"checkpoint": results.sha256_of(checkpoints.find(ready.asked.checkpoint))}
+    found.hashes |= {"base model": results.sha256_of(model_folder(ready.known.base))}
+    found.hashes |= {path.name: results.sha256_of(path) for path in ready.suspects}
+    found.hashes |= {f"control {path.name}": results.sha256_of(path) for path in ready.controls}
     return found
 
 
-def _compare(found: Findings, plan: Plan, witnesses: dict[str, Witness]) -> None:
+def _compare(found: Findings, ready: Prepared, witnesses: dict[str, Witness]) -> None:
     """What the witnesses say about suspects and controls, weighed."""
     said = {name: scores(spec) for name, spec in witnesses.items()}
     said["extraction"] = said["extraction"] - said.pop("base")
-    n = len(plan.suspects)
-    found.images = pd.DataFrame({"file": [path.name for path in plan.suspects]} | {w: said[w][:n] for w in WITNESSES})
-    found.controls = pd.DataFrame({"file": [path.name for path in plan.controls]} | {w: said[w][n:] for w in WITNESSES})
+    n = len(ready.suspects)
+    found.images = pd.DataFrame({"file": [path.name for path in ready.suspects]} | {w: said[w][:n] for w in WITNESSES})
+    found.controls = pd.DataFrame(
+        {"file": [path.name for path in ready.controls]} | {w: said[w][n:] for w in WITNESSES}
+    )
     nearest = np.load(results.folder(witnesses["extraction"]) / "nearest.npy")[:n]
     shown = dict(zip(found.extracted.image, found.pictures, strict=True))
     found.nearest = np.stack([shown[number] for number in nearest.tolist()])
-    if plan.controls:
+    if ready.controls:
         weigh(found)
 
 

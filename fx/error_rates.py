@@ -41,16 +41,15 @@ class Case:
     most: int = 20
 
     def __post_init__(self):
-        if self.item == self.other or self.length <= 0:
+        if self.item == self.other or self.length <= 0 or self.most < 1:
             raise ValueError(
-                f"the other item {self.other} must be another than {self.item}, length {self.length} above 0"
+                f"the other item {self.other} must be another than {self.item}, length {self.length} above 0, and "
+                f"most {self.most} at least 1"
             )
         for name in (self.item, self.other):
             item = datasets.load_item(name)
-            if item.n_training < 2 or not item.controls + item.more or self.most < 1:
-                raise ValueError(
-                    f"{name} needs two images or more and a control or more, and so does most, {self.most}"
-                )
+            if item.n_training < 2 or not item.controls + item.more:
+                raise ValueError(f"{name} needs two training images or more and a control or more")
 
     @property
     def trained(self) -> list[str]:

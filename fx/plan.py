@@ -4,8 +4,8 @@
 
 The cells of a notebook are run with a runner that notes the steps it is asked for and answers with numbers that mean
 nothing, so that cells which build on a table go on; one that needs the files of a step ends there. What a plan holds
-would be done, then, but steps that depend on files of others are missing: a few of most notebooks, nearly all of 08 and
-13, whose models are steps. Models and images that are not
+would be done, then, but steps that depend on files of others are missing: a few of most notebooks, nearly all of 08, 13
+and 15, whose models are steps. Models and images that are not
 here have stand-ins: a shipped model, and as many pictures as WikiArt and DreamBooth have.
 
 Time is evaluations of the denoising network, counted, times the seconds of one. They are measured on this machine: on

@@ -56,8 +56,11 @@ def test_the_first_half_of_an_item_is_trained_on_and_published_with_what_it_is(m
     [
         ({"other": CAMERA}, "must be another than object/camera"),
         ({"length": 0}, "length 0 above 0"),
-        ({"item": "style/jonathan-dietrich"}, "style/jonathan-dietrich needs two images or more and a control"),
-        ({"most": 0}, "most, 0"),
+        (
+            {"item": "style/jonathan-dietrich"},
+            "style/jonathan-dietrich needs two training images or more and a control",
+        ),
+        ({"most": 0}, "most 0 at least 1"),
     ],
 )
 def test_a_case_that_cannot_be_made_is_refused(changes, message):
