@@ -679,7 +679,7 @@ def arguments(words: list[str] | None = None) -> argparse.Namespace:
         default=0,
         metavar="K",
         help="fine-tune a model on K of the controls and audit it too, to see whether anything could be found "
-        "(default 0: none; about twice the time; copies of the controls and that model stay in the work area)",
+        "(default 0: none; more than twice the time; copies of the controls and that model stay in the work area)",
     )
     parser.add_argument(
         "--settings",
