@@ -29,7 +29,6 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import papermill
 from jinja2 import Environment, StrictUndefined
 from PIL import Image
 
@@ -701,6 +700,8 @@ def main(words: list[str] | None = None) -> int:
     """Run notebook 13 on what was named; 0, or FOUND where there is evidence that images were trained on."""
     given = arguments(words)
     check(given)
+    import papermill  # seconds that notebooks which import this module do not need
+
     report = expanded(given.report).absolute()
     part = report.parent / f".{report.stem}.part"  # until all of it is there
     part.mkdir(exist_ok=True)

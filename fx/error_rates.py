@@ -9,13 +9,14 @@ all of them. The scores that it gives are weighed as it weighs them, in five que
 """
 
 import math
-from collections.abc import Sequence
+import operator
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from scipy.stats import binomtest
+from scipy.stats import binomtest, rankdata
 
 from fx import audit, datasets, results, verdict
 from fx.audit import QUESTIONS, WITNESSES, Audit, Findings
@@ -161,6 +162,45 @@ def outcomes(cases: Sequence[Case], found: Sequence[tuple[Findings, Findings]]) 
             }
             sets.append({"question": question} | key | counts | said | alone | auc)
     return pd.concat(images, ignore_index=True), pd.DataFrame(sets)
+
+
+def _deviations(scores: np.ndarray) -> np.ndarray:
+    """How far each image stands out by each witness, [n, k]."""
+    return np.column_stack([verdict.standing_out(column) for column in scores.T])
+
+
+# ways to make one score of several for each image, [n, k] -> [n]; the audit's is the first
+COMBINATIONS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+    "largest deviation": verdict.standing_out,
+    "deviations above 0 added": lambda scores: np.maximum(_deviations(scores), 0).sum(axis=1),
+    "deviations added": lambda scores: _deviations(scores).sum(axis=1),
+    "ranks added": lambda scores: rankdata(scores, axis=0).sum(axis=1),
+} | {f"{name} alone": operator.itemgetter((slice(None), place)) for place, name in enumerate(WITNESSES)}
+
+
+def by_combination(
+    cases: Sequence[Case], found: Sequence[tuple[Findings, Findings]], level: float = 0.05
+) -> pd.DataFrame:
+    """In how many audits p of the set is at most `level` by each of the COMBINATIONS, controls being of the suspects' kind.
+
+    Columns: combination, method, length, audits, a count for each of the three questions, and `median p` of the first.
+    """
+    questions = ["half trained on", "none trained on", "another's model"]
+    rows = []
+    for case, pair in zip(cases, found, strict=True):
+        asked = asked_in(case, *pair)
+        for name, combine in COMBINATIONS.items():
+            row = {"combination": name, "method": case.own.method, "length": case.length}
+            for question in questions:
+                answer, columns = asked[question], list(WITNESSES)
+                out = combine(pd.concat([answer.images[columns], answer.controls[columns]]).to_numpy())
+                row[question] = verdict.of_the_set(out[: len(answer.images)], out[len(answer.images) :])
+            rows.append(row)
+    table = pd.DataFrame(rows)
+    grouped = table.groupby(["method", "length", "combination"], sort=False)
+    counts = grouped[questions].agg(lambda p: int((p <= level + 1e-12).sum()))
+    counts.insert(0, "audits", grouped.size())
+    return counts.assign(**{"median p": grouped["half trained on"].median()}).reset_index()
 
 
 def rates(sets: pd.DataFrame, by: list[str], levels: Sequence[float] = (0.01, 0.05)) -> pd.DataFrame:

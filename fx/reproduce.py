@@ -138,6 +138,11 @@ def main(words: list[str] | None = None) -> None:
         if "scheduler" in papermill.inspect_notebook(kernel.noted(notebook)):
             file = options.scheduler.endswith(".json")  # which the notebooks, in a folder of their own, must find too
             values["scheduler"] = str(Path(options.scheduler).absolute()) if file else options.scheduler
+    if options.in_place and (named := {name for values in given.values() for name in values}):
+        raise ValueError(
+            f"--in-place stores what a notebook shows with its own parameters, so {', '.join(sorted(named))} cannot be "
+            "given: run it with them first without --in-place, its steps are kept"
+        )
     wanted = needed(given)
     if options.dry_run:
         os.environ["HF_HUB_OFFLINE"] = "1"

@@ -2,7 +2,8 @@
 
 Controls are images of the same kind that were certainly not trained on. If the suspects were not trained on either, both are
 draws of one population, and every p-value here is at most alpha with probability at most alpha, whatever the scores are:
-they are ranks among exchangeable things (Vovk et al., 2005). Scores are higher for images that look trained on.
+they compare exchangeable things (Vovk et al., 2005). Scores are higher for images that look trained on. How witnesses
+are combined was chosen on development items (notebook 15).
 """
 
 import itertools
@@ -22,36 +23,49 @@ def p_values(suspects: np.ndarray, controls: np.ndarray) -> np.ndarray:
     return (1 + (controls[None, :] >= suspects[:, None]).sum(axis=1)) / (len(controls) + 1)
 
 
+def standing_out(scores: np.ndarray) -> np.ndarray:
+    """How far each image stands out among these by the witness that sets it apart most, scores [n, k] of k witnesses: [n].
+
+    The largest of its (score - median) / (median absolute deviation), of all n images; where more than half have the same
+    score, their mean absolute deviation instead. All images enter alike, and no witness has a weight: one that cannot tell
+    them apart has its highest scores near the others', one that can has them far away, and so it decides.
+    """
+    away = _scores(scores)
+    away = away - np.median(away, axis=0)
+    spread = np.median(np.abs(away), axis=0)
+    alike = spread <= 1e-9 * np.abs(away).max(axis=0)  # but for rounding
+    spread = np.where(alike, np.abs(away).mean(axis=0), spread)
+    return (away / np.where(spread > 0, spread, 1)).max(axis=1)
+
+
 def combined(suspects: np.ndarray, controls: np.ndarray) -> np.ndarray:
     """One p-value for each suspect from several witnesses, scores [n, k] and [m, k]: [n].
 
-    Each suspect is ranked among the controls by every witness; its p-value is its place, among itself and the controls, by
-    the sum of these ranks. Suspect and controls enter alike, so it is as valid as that of one witness.
+    Its conformal p-value by how far it stands out among itself and the controls. Suspect and controls enter alike, so it is
+    as valid as that of one witness.
     """
     suspects, controls = _same_witnesses(suspects, controls)
     found = []
     for suspect in suspects:
-        pool = np.vstack([suspect, controls])
-        total = stats.rankdata(pool, axis=0).sum(axis=1)
-        found.append((total >= total[0]).mean())
+        out = standing_out(np.vstack([suspect, controls]))
+        found.append((out >= out[0]).mean())
     return np.array(found)
 
 
 def of_the_set(suspects: np.ndarray, controls: np.ndarray, draws: int = 9999, seed: int = 0) -> float:
     """The p-value of "none of these was trained on", from scores [n, k] and [m, k] of k witnesses.
 
-    A permutation test of an image's rank, summed over witnesses. Two statistics: the mean rank, which grows where many of
-    the suspects were trained on, and the p-value of Simes (1986), which falls where a few stand out. Each is compared with
-    its values for other choices of n among the n + m images, and so is the smaller of the two p-values that this gives.
+    A permutation test of how far images stand out among all n + m. Two statistics: the mean over the suspects, which grows
+    where many of them were trained on, and the p-value of Simes (1986), which falls where a few stand out. Each is compared
+    with its values for other choices of n among the n + m images, and so is the smaller of the two p-values that this gives.
     Where there are no more than draws + 1 choices all are taken, and the p-value is exact; else `draws` random ones and the
     one that was made, and none is below 1 / (draws + 1).
     """
     suspects, controls = _same_witnesses(suspects, controls)
-    pool = np.vstack([suspects, controls])
-    total, n = stats.rankdata(pool, axis=0).sum(axis=1), len(suspects)
-    choices = _choices(len(total), n, draws, seed)
-    mean = stats.rankdata(-total[choices].sum(axis=1), method="max")
-    simes = stats.rankdata(_simes(total, choices), method="max")
+    out, n = standing_out(np.vstack([suspects, controls])), len(suspects)
+    choices = _choices(len(out), n, draws, seed)
+    mean = stats.rankdata(-out[choices].sum(axis=1).round(9), method="max")  # equal sums are equal in any order
+    simes = stats.rankdata(_simes(out, choices), method="max")
     smaller = np.minimum(mean, simes)
     return float((smaller <= smaller[0]).mean())
 
@@ -64,10 +78,10 @@ def _choices(size: int, n: int, draws: int, seed: int) -> np.ndarray:
     return np.stack([np.arange(n), *(draw.permutation(size)[:n] for _ in range(draws))])
 
 
-def _simes(total: np.ndarray, choices: np.ndarray) -> np.ndarray:
+def _simes(out: np.ndarray, choices: np.ndarray) -> np.ndarray:
     """For each choice n p_(j) / j at its smallest, but for constants; p_(j): the j-th smallest conformal p-value."""
     n = choices.shape[1]
-    as_high = np.sort(len(total) - stats.rankdata(total, method="min")[choices] + 1, axis=1)  # of all images
+    as_high = np.sort(len(out) - stats.rankdata(out, method="min")[choices] + 1, axis=1)  # of all images
     place = np.arange(1, n + 1)
     return ((1 + as_high - place) / place).min(axis=1)
 

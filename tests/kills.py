@@ -15,6 +15,7 @@ import hashlib
 import multiprocessing
 import os
 import random
+import shlex
 import shutil
 import signal
 import subprocess
@@ -211,24 +212,35 @@ def fill(case: str, folder: Path, base: str, pictures: str, megabytes: int = 1) 
 
     None where this system lets nobody mount a disk of its own.
     """
-    runner = Runner(case, base, pictures)
-    undisturbed, area, copied = (folder / f"full-{case}" / name for name in ("undisturbed", "area", "copied"))
+    undisturbed, area, copied = places = [folder / f"full-{case}" / name for name in ("undisturbed", "area", "copied")]
     for place in (undisturbed, area):
         place.mkdir(parents=True)
     mount = ["unshare", "-rm", "mount", "-t", "tmpfs", "tmpfs", str(area)]
     if subprocess.run(mount, capture_output=True, check=False).returncode:
         return None
-    assert ended(runner.begin(undisturbed), None)
-    again = f"{sys.executable} {__file__} --do {case} {area} {base} {pictures}"
-    script = (
-        f"mount -t tmpfs -o size={megabytes}m tmpfs {area} || exit 9; {again} && exit 8; "
-        f"mount -o remount,size=1g {area}; {again} && cp -a {area} {copied}"
-    )
+    words = shlex.join(str(word) for word in [sys.executable, __file__, "--fill", case, *places, base, pictures])
+    script = f"mount -t tmpfs -o size={megabytes}m tmpfs {shlex.quote(str(area))} && exec {words}"
     done = subprocess.run(["unshare", "-rm", "sh", "-c", script], capture_output=True, text=True, check=False)
     assert done.returncode == 0, (done.returncode, done.stderr[-2000:])
     assert "No space left on device" in done.stderr
     assert not (different := differences(undisturbed, copied)), f"not what an undisturbed run makes: {different[:5]}"
     return Outcome(steps=len(finished(copied)), files=len(kept(copied)))
+
+
+def fill_and_free(case: str, undisturbed: Path, area: Path, copied: Path, base: str, pictures: str) -> None:
+    """Where `area` is a small disk: do a case beside it, on it until it is full, and again when it is large; copy that."""
+
+    def fails_in(place: Path) -> bool:
+        process = multiprocessing.get_context("fork").Process(target=do, args=(case, place, base, pictures))
+        process.start()
+        process.join()
+        return process.exitcode != 0
+
+    assert not fails_in(undisturbed)
+    assert fails_in(area), "the disk was not full"
+    subprocess.run(["mount", "-o", "remount,size=1g", str(area)], check=True)
+    assert not fails_in(area)
+    shutil.copytree(area, copied, symlinks=True)
 
 
 def differences(one: Path, other: Path) -> list[str]:
@@ -269,10 +281,10 @@ def main() -> None:
     parser.add_argument("case", nargs="*", choices=[*CASES, []], metavar="CASE", help=", ".join(CASES))
     parser.add_argument("--kills", type=int, default=20, help="how often each case is killed (20)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--do", nargs=4, help=argparse.SUPPRESS)
+    parser.add_argument("--fill", nargs=6, help=argparse.SUPPRESS)
     asked = parser.parse_args()
-    if asked.do:
-        return do(asked.do[0], Path(asked.do[1]), *asked.do[2:])
+    if asked.fill:
+        return fill_and_free(asked.fill[0], *map(Path, asked.fill[1:4]), *asked.fill[4:])
     with tempfile.TemporaryDirectory() as folder:
         base, pictures = world(Path(folder) / "world")
         for case in asked.case or CASES:

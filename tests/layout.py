@@ -163,6 +163,8 @@ def beginning_faults(notebook: NotebookNode, number: str) -> Iterator[str]:
             yield f'"{sentence}" does not stand above its first code cell'
     if not calls(ast.parse(notebook.cells[first[0]].source)) & {"results.environment_summary"}:
         yield "its first code cell does not print the versions"
+    if any("injected-parameters" in cell.metadata.get("tags", []) for cell in notebook.cells):
+        yield "it has a cell of another run's parameters"
     if "parameters" not in notebook.cells[first[1]].metadata.get("tags", []):
         yield "its second code cell is not tagged parameters"
 

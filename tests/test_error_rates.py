@@ -8,10 +8,12 @@ import numpy as np
 import pandas as pd
 import pytest
 import tiny
+from scipy.stats import median_abs_deviation, rankdata
 
 from fx import audit, datasets, error_rates, settings, verdict
 from fx.audit import WITNESSES, Audit, Findings
 from fx.error_rates import (
+    COMBINATIONS,
     Case,
     asked_in,
     calibration,
@@ -176,7 +178,7 @@ def test_the_questions_are_weighed_as_the_audit_weighs_them(answered):
 
 
 def test_one_image_among_many_controls_is_named_by_what_is_asked_of_it_alone():
-    found = findings(40, 399, 3)
+    found = findings(40, 399, 4)
     clear = found.images.assign(**{name: np.where(np.arange(40) < 4, 50.0, found.images[name]) for name in WITNESSES})
     again = weighed(found, clear, found.controls)
     assert again.images.named.tolist() == [True] * 4 + [False] * 36
@@ -202,6 +204,32 @@ def test_a_row_says_what_was_asked_and_how_right_the_answer_is(answered):
         assert half[f"p ({name})"] == verdict.of_the_set(own.images[name].to_numpy(), own.controls[name].to_numpy())
         everyone = other.images[name].to_numpy()[:, None] > other.controls[name].to_numpy()[None, :]
         assert sets[f"AUC ({name})"].iloc[4] == pytest.approx(everyone.mean())
+
+
+def test_combinations_are_counted_by_the_audits_own_test_of_one_score(answered):
+    asked, mine, other = answered
+    cases, found = [asked, replace(asked, length=0.5)], [(mine, other), (other, mine)]
+    table = error_rates.by_combination(cases, found, level=0.5)
+    assert len(table) == 2 * len(COMBINATIONS)
+    assert table.audits.tolist() == [1] * len(table)
+    of_each = table.set_index(["length", "combination"])
+    for case_, (own, others) in zip(cases, found, strict=True):
+        answers = asked_in(case_, own, others)
+        assert of_each.loc[(case_.length, "largest deviation"), "median p"] == answers["half trained on"].p
+        for question in ("half trained on", "none trained on", "another's model"):
+            answer = answers[question]
+            pool = pd.concat([answer.images, answer.controls])
+            n, scores = len(answer.images), pool[list(WITNESSES)].to_numpy()
+            ranks = sum(rankdata(scores[:, i]) for i in range(3))
+            away = [(scores[:, i] - np.median(scores[:, i])) / median_abs_deviation(scores[:, i]) for i in range(3)]
+            for name, out in {
+                "ranks added": ranks,
+                "deviations added": sum(away),
+                "deviations above 0 added": sum(np.where(one > 0, one, 0) for one in away),
+                f"{list(WITNESSES)[1]} alone": scores[:, 1],
+            }.items():
+                expected = int(verdict.of_the_set(out[:n], out[n:]) <= 0.5)
+                assert of_each.loc[(case_.length, name), question] == expected, (name, question)
 
 
 def test_rates_are_shares_of_the_audits_that_can_reach_the_level():

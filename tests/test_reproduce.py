@@ -222,6 +222,15 @@ def test_main_ends_with_the_summary_of_the_profile_where_there_are_tables(notebo
     assert asked == ["smoke"]
 
 
+@pytest.mark.parametrize("words", [["-p", "artists=3"], ["--profile", "smoke"]])
+def test_in_place_takes_no_parameters_which_would_stay_in_the_notebook(notebooks, executed, words):
+    with pytest.raises(
+        ValueError, match=r"--in-place stores what .* with its own parameters, so artists.* cannot be given"
+    ):
+        reproduce.main(["01", "--in-place", *words])
+    assert executed == []
+
+
 def test_main_in_place_writes_over_the_notebook_itself_and_tidies_it(notebooks, executed, monkeypatch):
     tidied = []
     monkeypatch.setattr(reproduce, "tidy", tidied.append)

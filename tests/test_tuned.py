@@ -124,7 +124,8 @@ def test_a_pair_is_kept_until_something_else_is_loaded(tiny_sd, picture_folder, 
     first = kept_pair(one)
     assert kept_pair(one) is first
     assert len(loaded) == 1
-    assert all(torch.equal(value, weights(load(one))[name]) for name, value in weights(first).items())
+    afresh = weights(load(one))
+    assert all(torch.equal(value, afresh[name]) for name, value in weights(first).items())
     assert not models.KEPT, "loading it otherwise has let it go"
     again = kept_pair(one)
     assert again is not first
