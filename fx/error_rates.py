@@ -169,8 +169,9 @@ def _deviations(scores: np.ndarray) -> np.ndarray:
     return np.column_stack([verdict.standing_out(column) for column in scores.T])
 
 
-# ways to make one score of several for each image, [n, k] -> [n]; the audit's is the first
+# ways to make one score, or several that `verdict.of_the_set` combines, of those of each image, [n, k]; the audit's first
 COMBINATIONS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+    "by set and by image": lambda scores: scores,
     "largest deviation": verdict.standing_out,
     "deviations above 0 added": lambda scores: np.maximum(_deviations(scores), 0).sum(axis=1),
     "deviations added": lambda scores: _deviations(scores).sum(axis=1),
@@ -183,24 +184,30 @@ def by_combination(
 ) -> pd.DataFrame:
     """In how many audits p of the set is at most `level` by each of the COMBINATIONS, controls being of the suspects' kind.
 
-    Columns: combination, method, length, audits, a count for each of the three questions, and `median p` of the first.
+    Columns: combination, method, length, audits, and a count for each of five questions: half of the suspects trained on;
+    all of them; all of them, and no more controls than suspects; none; another's model.
     """
-    questions = ["half trained on", "none trained on", "another's model"]
     rows = []
     for case, pair in zip(cases, found, strict=True):
         asked = asked_in(case, *pair)
+        own = asked["half trained on"]
+        trained = own.images[own.images.file.isin(case.trained)]
+        questions = {
+            "half trained on": (own.images, own.controls),
+            "all trained on": (trained, own.controls),
+            "all, few controls": (trained, own.controls[: len(trained)]),
+        } | {name: (asked[name].images, asked[name].controls) for name in ("none trained on", "another's model")}
         for name, combine in COMBINATIONS.items():
             row = {"combination": name, "method": case.own.method, "length": case.length}
-            for question in questions:
-                answer, columns = asked[question], list(WITNESSES)
-                out = combine(pd.concat([answer.images[columns], answer.controls[columns]]).to_numpy())
-                row[question] = verdict.of_the_set(out[: len(answer.images)], out[len(answer.images) :])
+            for question, pool in questions.items():
+                scores = combine(pd.concat(pool)[list(WITNESSES)].to_numpy())
+                p = verdict.of_the_set(scores[: len(pool[0])], scores[len(pool[0]) :])
+                row[question] = p <= level + 1e-12
             rows.append(row)
-    table = pd.DataFrame(rows)
-    grouped = table.groupby(["method", "length", "combination"], sort=False)
-    counts = grouped[questions].agg(lambda p: int((p <= level + 1e-12).sum()))
+    grouped = pd.DataFrame(rows).groupby(["method", "length", "combination"], sort=False)
+    counts = grouped.sum()
     counts.insert(0, "audits", grouped.size())
-    return counts.assign(**{"median p": grouped["half trained on"].median()}).reset_index()
+    return counts.reset_index()
 
 
 def rates(sets: pd.DataFrame, by: list[str], levels: Sequence[float] = (0.01, 0.05)) -> pd.DataFrame:

@@ -55,19 +55,24 @@ def combined(suspects: np.ndarray, controls: np.ndarray) -> np.ndarray:
 def of_the_set(suspects: np.ndarray, controls: np.ndarray, draws: int = 9999, seed: int = 0) -> float:
     """The p-value of "none of these was trained on", from scores [n, k] and [m, k] of k witnesses.
 
-    A permutation test of how far images stand out among all n + m. Two statistics: the mean over the suspects, which grows
-    where many of them were trained on, and the p-value of Simes (1986), which falls where a few stand out. Each is compared
-    with its values for other choices of n among the n + m images, and so is the smaller of the two p-values that this gives.
-    Where there are no more than draws + 1 choices all are taken, and the p-value is exact; else `draws` random ones and the
-    one that was made, and none is below 1 / (draws + 1).
+    A permutation test with three statistics. By the witness that sets the suspects apart most: the largest, over witnesses,
+    of the mean score of the suspects, in standard deviations over the choices below; it finds a set all of which was trained
+    on, even where there are fewer controls. By how far each image stands out (`standing_out`): the mean over the suspects,
+    which grows where a part of them was trained on; and the p-value of Simes (1986), which falls where a few stand out. Each
+    is compared with its values for other choices of n among the n + m images, and so is the smallest of the three p-values
+    that this gives. Where there are no more than draws + 1 choices all are taken, and the p-value is exact; else `draws`
+    random ones and the one that was made, and none is below 1 / (draws + 1).
     """
     suspects, controls = _same_witnesses(suspects, controls)
-    out, n = standing_out(np.vstack([suspects, controls])), len(suspects)
+    pool, n = np.vstack([suspects, controls]), len(suspects)
+    out = standing_out(pool)
     choices = _choices(len(out), n, draws, seed)
-    mean = stats.rankdata(-out[choices].sum(axis=1).round(9), method="max")  # equal sums are equal in any order
-    simes = stats.rankdata(_simes(out, choices), method="max")
-    smaller = np.minimum(mean, simes)
-    return float((smaller <= smaller[0]).mean())
+    sums = np.column_stack([standing_out(scores)[choices].sum(axis=1) for scores in pool.T])
+    sums, scatter = sums - sums.mean(axis=0), sums.std(axis=0)
+    by_witness = (sums / np.where(scatter > 1e-9, scatter, 1)).max(axis=1)
+    statistics = [by_witness.round(9), out[choices].sum(axis=1).round(9), -_simes(out, choices)]  # equal in any order
+    smallest = np.min([stats.rankdata(-statistic, method="max") for statistic in statistics], axis=0)
+    return float((smallest <= smallest[0]).mean())
 
 
 def _choices(size: int, n: int, draws: int, seed: int) -> np.ndarray:
