@@ -172,9 +172,9 @@ def _deviations(scores: np.ndarray) -> np.ndarray:
 # ways to make one score, or several that `verdict.of_the_set` combines, of those of each image, [n, k]; the audit's first
 COMBINATIONS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "by set and by image": lambda scores: scores,
-    "largest deviation": verdict.standing_out,
+    "deviations added": verdict.standing_out,
     "deviations above 0 added": lambda scores: np.maximum(_deviations(scores), 0).sum(axis=1),
-    "deviations added": lambda scores: _deviations(scores).sum(axis=1),
+    "largest deviation": lambda scores: _deviations(scores).max(axis=1),
     "ranks added": lambda scores: rankdata(scores, axis=0).sum(axis=1),
 } | {f"{name} alone": operator.itemgetter((slice(None), place)) for place, name in enumerate(WITNESSES)}
 

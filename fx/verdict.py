@@ -24,18 +24,18 @@ def p_values(suspects: np.ndarray, controls: np.ndarray) -> np.ndarray:
 
 
 def standing_out(scores: np.ndarray) -> np.ndarray:
-    """How far each image stands out among these by the witness that sets it apart most, scores [n, k] of k witnesses: [n].
+    """How far each image stands out among these by all witnesses together, scores [n, k] of k witnesses: [n].
 
-    The largest of its (score - median) / (median absolute deviation), of all n images; where more than half have the same
-    score, their mean absolute deviation instead. All images enter alike, and no witness has a weight: one that cannot tell
-    them apart has its highest scores near the others', one that can has them far away, and so it decides.
+    The sum over witnesses of (score - median) / (median absolute deviation), of all n images; where more than half have the
+    same score, their mean absolute deviation instead. All images enter alike, and no witness has a weight: one that tells a
+    few images apart has them far away, and so counts for more than one that cannot.
     """
     away = _scores(scores)
     away = away - np.median(away, axis=0)
     spread = np.median(np.abs(away), axis=0)
     alike = spread <= 1e-9 * np.abs(away).max(axis=0)  # but for rounding
     spread = np.where(alike, np.abs(away).mean(axis=0), spread)
-    return (away / np.where(spread > 0, spread, 1)).max(axis=1)
+    return (away / np.where(spread > 0, spread, 1)).sum(axis=1)
 
 
 def combined(suspects: np.ndarray, controls: np.ndarray) -> np.ndarray:

@@ -178,7 +178,7 @@ def test_the_questions_are_weighed_as_the_audit_weighs_them(answered):
 
 
 def test_one_image_among_many_controls_is_named_by_what_is_asked_of_it_alone():
-    found = findings(40, 399, 4)
+    found = findings(40, 399, 3)
     clear = found.images.assign(**{name: np.where(np.arange(40) < 4, 50.0, found.images[name]) for name in WITNESSES})
     again = weighed(found, clear, found.controls)
     assert again.images.named.tolist() == [True] * 4 + [False] * 36
@@ -235,6 +235,7 @@ def test_combinations_are_counted_by_the_audits_own_test_of_one_score(answered):
                 "by set and by image": scores,
                 "ranks added": ranks,
                 "deviations added": sum(away),
+                "largest deviation": np.max(away, axis=0),
                 "deviations above 0 added": sum(np.where(one > 0, one, 0) for one in away),
                 f"{list(WITNESSES)[1]} alone": scores[:, 1],
             }.items():

@@ -39,26 +39,26 @@ def test_one_witness_combined_is_itself():
     np.testing.assert_allclose(verdict.combined(suspects, controls), verdict.p_values(suspects, controls))
 
 
-def test_several_weak_witnesses_together_are_stronger_than_one_of_them_on_average():
+def test_several_weak_witnesses_are_stronger_together():
     draw = np.random.default_rng(2)
     suspects, controls = draw.normal(1.2, 1, (40, 3)), draw.normal(0, 1, (60, 3))
     together = np.mean(verdict.combined(suspects, controls) <= 0.1)
     alone = [np.mean(verdict.p_values(suspects[:, i], controls[:, i]) <= 0.1) for i in range(3)]
-    assert together > np.mean(alone) + 0.1
+    assert together > max(alone)
 
 
 def deviations(pool: np.ndarray) -> np.ndarray:
-    """Each image's largest distance above the median, in median absolute deviations, one image and witness after another."""
-    found = np.full(len(pool), -np.inf)
+    """Each image's distances above the medians, in median absolute deviations, added witness after witness."""
+    found = np.zeros(len(pool))
     for column in np.asarray(pool, float).T:
         spread = stats.median_abs_deviation(column) or np.mean([abs(x - np.median(column)) for x in column]) or 1.0
-        found = np.maximum(found, [(x - np.median(column)) / spread for x in column])
+        found += [(x - np.median(column)) / spread for x in column]
     return found
 
 
 @given(st.lists(st.tuples(st.integers(0, 5), st.integers(-9, 9)), min_size=1, max_size=12))
-def test_an_image_stands_out_by_the_witness_that_sets_it_apart_most(pool):
-    np.testing.assert_allclose(verdict.standing_out(pool), deviations(np.array(pool)))
+def test_an_image_stands_out_by_its_deviations_added(pool):
+    np.testing.assert_allclose(verdict.standing_out(pool), deviations(np.array(pool)), atol=1e-9)
 
 
 def test_a_witness_that_says_the_same_of_all_says_nothing_and_its_scale_does_not_matter():
@@ -66,10 +66,7 @@ def test_a_witness_that_says_the_same_of_all_says_nothing_and_its_scale_does_not
     scores = draw.normal(size=(9, 2))
     out = verdict.standing_out(scores)
     np.testing.assert_allclose(verdict.standing_out(scores * [1e-3, 50] + [7, -2]), out)
-    above = out > 0
-    silent = verdict.standing_out(np.column_stack([scores, np.full(9, 0.3)]))
-    np.testing.assert_allclose(silent[above], out[above])
-    assert (silent[~above] == 0).all()
+    np.testing.assert_allclose(verdict.standing_out(np.column_stack([scores, np.full(9, 0.3)])), out)
     assert (verdict.standing_out(np.zeros((4, 3))) == 0).all()
 
 
