@@ -1,4 +1,4 @@
-# make             set up the environment, then the extraction demo: one artist, three arms, a picture and the scores
+# make             set up the environment, then the extraction demo: one artist and one object, three arms, pictures and scores
 # make test        set up the environment, then the tests, two side by side (more: make test WORKERS=8)
 # make reproduce   set up the environment, then every notebook but 00, by papermill
 # make setup       set up the environment and nothing else

@@ -35,6 +35,7 @@ PREDICTIONS = {"epsilon": "epsilon", "eps": "epsilon", "noise": "epsilon", "samp
 PREDICTIONS |= dict.fromkeys(("v", "v_prediction", "v-prediction", "v_pred", "velocity"), "v_prediction")
 PREDICTIONS |= dict.fromkeys(("flow", "flow_prediction", "rectified_flow"), "flow_prediction")
 V_ARCHITECTURE = "stable-diffusion-v2-768-v"
+FILES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin", ".zip")  # ends of names that no Hub id is meant to have
 # a part's weights: diffusers' or transformers' name, a variant, a shard
 WEIGHTS = re.compile(r"(?:diffusion_pytorch_model|model)(?:\.([\w-]+?))?(?:-\d+-of-\d+)?\.safetensors")
 
@@ -43,7 +44,8 @@ def find(name: str) -> Path:
     """The local file or folder of a model: a shipped name, a path, or a Hub id with an optional "@revision".
 
     A Hub id ("owner/name" or "owner/name@v1") is looked up in the local cache and downloaded where that is possible.
-    Raises FileNotFoundError, with the shipped names, for what is none of these.
+    Raises FileNotFoundError, with the shipped names, for what is none of these. A missing file of weights is not asked for
+    at the Hub, which would learn its name.
     """
     try:
         for place in (MODELS / str(name), Path(name).expanduser()):
@@ -51,6 +53,8 @@ def find(name: str) -> Path:
                 return place
     except (OSError, RuntimeError, ValueError) as error:  # too long, of no known user, with a zero byte
         raise FileNotFoundError(f"unknown model {str(name)!r}: it cannot be a path ({error})") from error
+    if str(name).endswith(FILES):
+        raise FileNotFoundError(f"{name} does not exist: check the path")
     repository, _, revision = str(name).partition("@")
     if repository.count("/") == 1 and not repository.startswith((".", "/", "~")):
         return _snapshot(repository, revision or None)

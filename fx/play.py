@@ -6,6 +6,8 @@ The items, and all settings but w', are those of the demo (DreamBooth). Every nu
 fx.cliques makes of a run's own similarities; the page computes nothing.
 """
 
+import argparse
+
 import networkx as nx
 import numpy as np
 import pandas as pd
@@ -91,8 +93,10 @@ def places(similarity: np.ndarray) -> np.ndarray:
     return (found - found.min(axis=0)) / np.ptp(found, axis=0) / 2 + ranks / 2
 
 
-def main() -> None:
+def main(words: list[str] | None = None) -> None:
     """Write the tables and pictures."""
+    about = "Write what the site's interactive page shows, play-*.csv and play-*-mini.png (some minutes)."
+    argparse.ArgumentParser("python -m fx.play", description=about).parse_args(words)
     parts = [over_scales(item) for item in demo.TYPICAL]
     small = specs(demo.TYPICAL[1])[settings.load()["dreambooth"].finextract_scale]
     similarity = similarity_matrix(np.load(results.folder(small.extract) / "descriptors.npy"))

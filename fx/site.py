@@ -28,6 +28,7 @@ PAGES = ROOT / "docs"
 # what the site shows as pages of its own
 MOVED = {"../data/results/mini/summary.md": "results.md", "../tests/SUPPORTED.md": "supported.md"}
 MOVED |= {"../CONTRIBUTING.md": "contributing.md", "../data/paper/README.md": "paper.md"}
+END = re.compile(r"(?<=[a-z)])(?<!\bApp)(?<!\bSec)(?<!\bEq)(?<!\bFig)[:.](?:\s|$)")  # of a sentence
 SOURCE, BUILT = RUNS / "site-source", RUNS / "site"
 
 
@@ -42,10 +43,12 @@ def assemble(source: Path) -> None:
     for figure in SHIPPED_FIGURES.glob(f"*-{COMPLETE}.png"):
         shutil.copy(figure, source / "figures")
     summary = (SHIPPED_TABLES / COMPLETE / "summary.md").read_text()
-    (source / "results.md").write_text(summary.replace("../../../", ""))
+    # the pages of the notebooks do not show the numbers of their cells
+    (source / "results.md").write_text(re.sub(r", In \[\d+\]", "", summary.replace("../../../", "")))
     supported = (ROOT / "tests/SUPPORTED.md").read_text()
     (source / "supported.md").write_text(f"# What is proven for which family\n\n{supported}")
     (source / "contributing.md").write_text((ROOT / "CONTRIBUTING.md").read_text())
+    shutil.copy(ROOT / "CITATION.cff", source)
     (source / "paper.md").write_text((ROOT / "data/paper/README.md").read_text())
     names = sorted(path.stem for path in (ROOT / "fx").glob("*.py") if path.stem != "__init__")
     (source / "api").mkdir()
@@ -78,7 +81,7 @@ def api_page(names: list[str]) -> str:
     ]
     for name in names:
         first = ast.get_docstring(ast.parse((ROOT / f"fx/{name}.py").read_text())).partition("\n\n")[0]
-        sentence = re.split(r"(?<=[a-z)])[:.](?:\s|$)", " ".join(first.split()), maxsplit=1)[0]
+        sentence = END.split(" ".join(first.split()), maxsplit=1)[0]
         lines.append(f"| [fx.{name}](api/fx.{name}.rst) | {sentence.replace('|', chr(92) + '|')} |")
     tree = "\n".join(["```{toctree}", ":hidden:", "", *(f"api/fx.{name}" for name in names), "```"])
     return "\n".join([*lines, "", tree, ""])

@@ -175,19 +175,20 @@ def as_markdown(table: pd.DataFrame, profile: str) -> str:
     pictures = {claim.claim for claim in claims() if claim.picture}
     tested = said[~said.claim.isin(pictures)]
     count = tested.verdict.value_counts()
-    numbers = ", ".join(f"{count[word]} {word}" for word in (HOLDS, FAILS, OPEN, MISSING) if word in count)
+    numbers = ", ".join(f"*{word}* {count[word]}" for word in (HOLDS, FAILS, OPEN, MISSING) if word in count)
     lines = [
         f"# What came out: profile {profile}",
         "",
-        "Written by `python -m fx.summary` from the tables beside it; the claims are those of the paper, as fx/claims.yaml "
-        "words them. A claim *holds* if every comparison lies on the claimed side with its whole 95% interval, it *does not "
-        "hold* if one lies on the other side, else it is *not shown*. Table 1's first claim is corrected for its four "
-        "comparisons (Holm); all others are exploratory. *not run*: this profile has no such table or picture yet. ✓: the "
-        "whole interval is on the claimed side, ✗: on the other, ·: neither; *a picture*: there is nothing to test. "
+        "Written by `.venv/bin/python -m fx.summary` from the tables beside it; the claims are those of the paper, as "
+        "fx/claims.yaml words them. A claim *holds* if every comparison lies on the claimed side with its whole 95% "
+        "interval, it *does not hold* if one lies on the other side, else it is *not shown*. Table 1's first claim is "
+        "corrected for its four comparisons (Holm); all others are exploratory. *not run*: this profile has no such "
+        "table or picture yet. ✓: the whole interval is on the claimed side, ✗: on the other, ·: neither; *a picture*: "
+        "there is nothing to test. "
         "Numbers are differences with intervals over items; in Table 6 ratios, with intervals over repeated measurements.",
         "",
         *([MINI, ""] if profile == COMPLETE else []),
-        f"Of {len(tested)} claims that can be tested: {numbers}.",
+        f"Verdicts on {len(tested)} claims that can be tested: {numbers}.",
         "",
         f"![every difference with its interval](../../../figures/summary-{profile}.png)",
         "",

@@ -31,7 +31,7 @@ import psutil
 import torch
 from PIL import Image
 
-from fx import finetune, results, runs, sampling
+from fx import audit, finetune, results, runs, sampling
 from fx.caption_search import CaptionSearch
 from fx.evaluation import Score
 from fx.extraction import Extract
@@ -80,6 +80,7 @@ def searched(base: str, pictures: str) -> CaptionSearch:
 
 SPECS: dict[str, Callable] = {"fine-tune": fine_tuned, "generate": generated, "extract": scored, "search": searched}
 CASES = (*SPECS, *COMMANDS)
+ENDED = (0, audit.FOUND)  # exit codes of what came to its end
 
 
 def do(case: str, area: Path, base: str, pictures: str) -> None:
@@ -154,8 +155,8 @@ def ended(process, seconds: float | None) -> bool:
     else:
         process.join(seconds)
         code = process.exitcode
-    assert code in (None, 0), f"it failed with {code}"
-    return code == 0
+    assert code in (None, *ENDED), f"it failed with {code}"
+    return code is not None
 
 
 def kill(process, all_of_it: bool) -> None:

@@ -387,6 +387,20 @@ def test_a_hub_id_with_a_revision_is_taken_from_the_cache(folders, tmp_path, mon
         models.load_pipeline("someone/cats")
 
 
+def test_a_missing_file_is_not_asked_for_at_the_hub(monkeypatch):
+    """Its name is nobody else's business, and the path is what is wrong."""
+
+    def asked(*_, **__):
+        raise AssertionError("the Hub was asked")
+
+    monkeypatch.setattr(checkpoints, "_snapshot", asked)
+    for name in ("downloads/artist.safetensors", "downloads/artist.ckpt"):
+        with pytest.raises(FileNotFoundError, match=f"{name} does not exist: check the path"):
+            checkpoints.find(name)
+    with pytest.raises(AssertionError, match="the Hub was asked"):
+        checkpoints.find("someone/dogs")
+
+
 def test_a_fine_tuned_model_that_predicts_v_on_a_base_that_predicts_eps(folders, tmp_path):
     shutil.copytree(folders["sd1 tuned"], tmp_path / "v")
     settings = json.loads((tmp_path / "v/scheduler/scheduler_config.json").read_text())

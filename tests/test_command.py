@@ -1,5 +1,6 @@
 """How commands end: exit codes, one line for what was wrong, one for an interruption; and that all of them do so."""
 
+import importlib
 import re
 import subprocess
 import sys
@@ -56,3 +57,13 @@ def test_commands_say_what_they_do_and_what_is_wrong_without_a_traceback(words):
     assert "Traceback" not in done.stderr
     assert (done.returncode == 0) == ("--help" in words)
     assert len(done.stdout or done.stderr) > 20
+
+
+@pytest.mark.parametrize("path", [path for path in COMMANDS if path.stem != "plan"], ids=lambda path: path.stem)
+def test_every_command_has_a_help_and_asking_for_it_does_nothing_else(path, capsys):
+    """fx.plan is called by fx.reproduce, and says so."""
+    main = re.search(r", (\w+)\)\s*$", path.read_text())[1]
+    with pytest.raises(SystemExit) as ended:
+        getattr(importlib.import_module(f"fx.{path.stem}"), main)(["--help"])
+    assert ended.value.code == 0
+    assert f"usage: python -m fx.{path.stem} " in capsys.readouterr().out

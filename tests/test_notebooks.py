@@ -19,7 +19,7 @@ import pytest
 
 from fx import datasets, plots, results, tables
 from fx.evaluation import Score
-from fx.paths import COMPLETE, NOTEBOOKS, ROOT, SHIPPED_FIGURES, SHIPPED_TABLES
+from fx.paths import NOTEBOOKS, ROOT
 from fx.reproduce import DEFAULTS, NOT_BY_DEFAULT, find_notebooks, parameters, profiles
 
 ALL = sorted(NOTEBOOKS.glob("[0-9][0-9]-*.ipynb"))
@@ -335,12 +335,6 @@ FLAWS = {
 def test_every_flaw_of_a_notebook_is_seen(good, nothing_runs, message):
     FLAWS[message](good.cells)
     assert [fault for fault in faults(good) if message in fault]
-
-
-def test_what_is_said_to_be_not_there_yet_is_not_there():
-    for name in committed.NOT_YET:
-        assert not (SHIPPED_TABLES / COMPLETE / f"{name}.csv").exists(), f"take {name} out of committed.NOT_YET"
-        assert not (SHIPPED_FIGURES / f"{name}-{COMPLETE}.png").exists(), f"take {name} out of committed.NOT_YET"
 
 
 @pytest.mark.parametrize("changed", ["mini/scores.csv", "as-mini.png"])

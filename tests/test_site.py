@@ -274,6 +274,16 @@ def test_moving_the_sliders_shows_the_numbers_of_the_tables(built, tmp_path):
         assert f"{joined} of {len(data['cliques']['pairs'])} pairs are joined" in dom
 
 
+def test_the_list_of_modules_has_whole_sentences():
+    """A full stop behind an abbreviation ends none."""
+    page = site.api_page(["captions", "finetune", "guidance"])
+    for line in page.splitlines():
+        if line.startswith("| [fx."):
+            assert line.count("(") == line.count(")"), line
+            assert not re.search(r"\b(App|Sec|Eq|Fig) \|$", line), line
+    assert "Captions from weights (App. A)" in page
+
+
 def test_what_sphinx_complains_of_is_said(tmp_path, monkeypatch):
     source = tmp_path / "source"
 

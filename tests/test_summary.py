@@ -1,13 +1,14 @@
 """The summary of claims: verdicts by interval, every table and figure of the paper, the committed page."""
 
 import math
+import re
 
 import numpy as np
 import pandas as pd
 import pytest
 
 from fx import summary
-from fx.paths import COMPLETE, SHIPPED_TABLES
+from fx.paths import COMPLETE, ROOT, SHIPPED_TABLES
 from fx.summary import FAILS, HOLDS, MISSING, OPEN, PICTURE, Claim
 
 NAN = math.nan
@@ -181,7 +182,7 @@ def test_the_page_says_for_each_claim_what_was_found(outputs, tmp_path, monkeypa
     table = summary.judged("p")
     assert table.verdict.tolist() == [HOLDS, MISSING, PICTURE]
     page = summary.as_markdown(table, "p")
-    assert "Of 2 claims that can be tested: 1 holds, 1 not run." in page
+    assert "Verdicts on 2 claims that can be tested: *holds* 1, *not run* 1." in page
     assert "✓ CFG +0.150 (0.100 to 0.200)" in page
     assert "[f](../../../figures/f-p.png)" in page
     assert "[03](../../../notebooks/03-extraction.ipynb)" in page
@@ -232,3 +233,14 @@ def test_the_command_writes_the_page_the_table_and_the_figure(outputs, tmp_path,
 def test_a_profile_without_results_is_named(outputs):
     with pytest.raises(ValueError, match=r"run the notebooks first .python -m fx.reproduce --profile nothing"):
         summary.main(["--profile", "nothing"])
+
+
+def test_what_has_a_verdict_is_what_readme_and_the_first_page_say():
+    table = pd.read_csv(SHIPPED_TABLES / COMPLETE / "summary.csv").drop_duplicates("claim")
+    tested = set(table.of[table.verdict.isin([HOLDS, FAILS, OPEN])])
+    figures = {"4a", "4b", "5a", "5b", "8", "9", "10"}
+    assert tested == {f"Table {n}" for n in range(1, 12)} | {f"Figure {n}" for n in figures}
+    assert set(table.of[~table.of.isin(tested)]) == {f"Figure {n}" for n in (1, 2, 3, 6, 7)}
+    for page in ("README.md", "docs/index.md"):
+        words = " ".join((ROOT / page).read_text().split())
+        assert re.search(r"for Tables 1 to 11 and Figures 4, 5, 8, 9(,| and) 10[.;]", words), page
