@@ -32,8 +32,7 @@ import pandas as pd
 from jinja2 import Environment, StrictUndefined
 from PIL import Image
 
-from fx import checkpoints, command, datasets, kernel, results, settings, tables, verdict
-from fx.caption_search import CaptionSearch
+from fx import caption_search, checkpoints, command, datasets, kernel, results, settings, tables, verdict
 from fx.extraction import Extract, extracted_pictures, extraction_sets
 from fx.finetune import TrainingItem
 from fx.label_free import SCALES, Signs, choose_scale, signs_of_scales
@@ -262,12 +261,14 @@ def prepared(asked: Audit) -> Prepared:
 def read_caption(known: Leads) -> Leads:
     """The same with the caption that a search of the weights finds, which may be wrong (notebook 07), or why it has none."""
     try:
-        row = results.run([CaptionSearch(known.checkpoint())], description="caption").iloc[0]
+        searches = caption_search.twice(known.checkpoint())
+        results.run(searches, description="caption")
     except RuntimeError as error:  # of the step, whose reason is a ValueError: a change that carries no caption
         if not isinstance(error.__cause__, ValueError):
             raise
         return replace(known, caption_by=f"nobody: {error.__cause__}")
-    return replace(known, caption=row.found, caption_by="a search of its weights, which may be wrong")
+    caption, _ = caption_search.best_of(searches)
+    return replace(known, caption=caption, caption_by="a search of its weights, which may be wrong")
 
 
 def investigate(asked: Audit) -> Findings:

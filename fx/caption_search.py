@@ -4,13 +4,14 @@
     found = TokenSearch(change, pair.tuned, prefix="art style of").run()
     found = GradientSearch(change, pair.tuned, prefix="art style of", tokens=3).run()      # the paper's
 
-As a step of the runner a search is a `CaptionSearch`. None of them sees the true caption.
+As a step of the runner a search is a `CaptionSearch`. Token by token the smoothness of the likelihood decides where it ends,
+so it is done `twice`, and the better of the two ends is taken (`best_of`). None of them sees the true caption.
 """
 
 import json
 from collections.abc import Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import ClassVar
 
@@ -23,6 +24,7 @@ from tqdm import tqdm
 
 from fx import results
 from fx.captions import (
+    NOISE,
     PRICE,
     Change,
     change_of,
@@ -30,6 +32,7 @@ from fx.captions import (
     check_tokenizers,
     encoders,
     objective_of,
+    rank,
     score,
     states,
     token_numbers,
@@ -57,7 +60,8 @@ class TokenSearch:
 
     prefix: what the caption is known to begin with, "" for nothing; most: tokens to find at most; beam: how many captions
     are kept at each length; proposals: how many are scored with all padding, of those that come first with little; price:
-    what a token must add to the score to be worth it, None for `usual_price`. evaluations counts encoded captions.
+    what a token must add to the score to be worth it, None for `usual_price`; noise: of the likelihood. evaluations counts
+    encoded captions.
     ValueError where most, beam or proposals is below 1, for an unknown objective and where two tokenizers differ.
 
     A rare token leaves a trace wherever it stands, a common one ("of") hardly any, and with CLIP, which reads from left to
@@ -76,12 +80,13 @@ class TokenSearch:
         proposals: int = 64,
         price: float | None = None,
         objective: str = "likelihood",
+        noise: float = NOISE,
     ):
         if min(most, beam, proposals) < 1:
             raise ValueError(f"most {most}, beam {beam} and proposals {proposals} must be at least 1")
         check_tokenizers(pipeline)
         check_objective(objective)
-        self.change, self.pipeline, self.objective = change, pipeline, objective
+        self.change, self.pipeline, self.objective, self.noise = change, pipeline, objective, noise
         self.price = usual_price(objective) if price is None else price
         self.beam, self.proposals = beam, proposals
         self.tokenizer = encoders(pipeline)[0][0]
@@ -147,7 +152,7 @@ class TokenSearch:
         if not tried:
             return []
         length = min(len(tried[0]) + 3, self.tokenizer.model_max_length)
-        found = score(self.change, self.pipeline, tried, self.objective, length)
+        found = score(self.change, self.pipeline, tried, self.objective, length, noise=self.noise)
         self.evaluations += len(tried)
         return [tried[i] for i in np.argsort(-found, kind="stable")[: self.proposals]]
 
@@ -162,7 +167,7 @@ class TokenSearch:
         new = [tokens for tokens in tried if tokens not in self._known]
         if new:
             self.evaluations += len(new)
-            found = score(self.change, self.pipeline, new, self.objective, price=self.price)
+            found = score(self.change, self.pipeline, new, self.objective, price=self.price, noise=self.noise)
             self._known |= dict(zip(new, map(float, found), strict=True))
         return [self._known[tokens] for tokens in tried]
 
@@ -175,8 +180,8 @@ class GradientSearch:
 
     prefix: what the caption is known to begin with; tokens: how many are sought, neither fewer nor more; iterations: of each
     of the `restarts`, which start from random tokens; step: length of a step of one restart, in mean lengths of a token's
-    embedding. ValueError where tokens, iterations or restarts is below 1, for an unknown objective, for more tokens than
-    the model reads, and where two tokenizers differ.
+    embedding; noise: of the likelihood. ValueError where tokens, iterations or restarts is below 1, for an
+    unknown objective, for more tokens than the model reads, and where two tokenizers differ.
     """
 
     def __init__(
@@ -190,12 +195,13 @@ class GradientSearch:
         step: float = 0.1,
         objective: str = "difference of PCAs",
         seed: int = 0,
+        noise: float = NOISE,
     ):
         if min(tokens, iterations, restarts) < 1:
             raise ValueError(f"tokens {tokens}, iterations {iterations} and restarts {restarts} must be at least 1")
         check_tokenizers(pipeline)
         self.change, self.pipeline = change, pipeline
-        self.objective = objective_of(pipeline, objective)
+        self.objective = objective_of(pipeline, objective, noise=noise)
         self.iterations, self.restarts, self.seed = iterations, restarts, seed
         self.prefix = tuple(token_numbers(pipeline, [prefix])[0]) if prefix else ()
         self.tokenizer, self.tokens = encoders(pipeline)[0][0], tokens
@@ -255,6 +261,7 @@ class GradientSearch:
 
 
 SEARCHES = ("tokens", "gradient")
+SHARP = {"noise": 0.03, "price": 1.0}  # ranks captions less well than NOISE and PRICE, and leads a search elsewhere
 
 
 @dataclass(frozen=True)
@@ -263,7 +270,7 @@ class CaptionSearch:
 
     by: "tokens" (TokenSearch) or "gradient" (GradientSearch); objective: of fx.captions; prefix: what the caption is known
     to begin with; most: tokens to find, of a TokenSearch at most, of a GradientSearch exactly; price: of a token in nats,
-    with the likelihood only; the other fields are those of one of the two, and the other ignores them.
+    and noise, with the likelihood only; the other fields are those of one of the two, and the other ignores them.
     """
 
     VERSION: ClassVar[int] = 1
@@ -276,6 +283,7 @@ class CaptionSearch:
     beam: int = 2
     proposals: int = 64
     price: float = PRICE
+    noise: float = field(default=NOISE, metadata={"absent": SHARP["noise"]})
     iterations: int = 1000
     restarts: int = 4
     step: float = 0.1
@@ -285,10 +293,13 @@ class CaptionSearch:
         if self.by not in SEARCHES:
             raise ValueError(f"unknown search {self.by!r}: choose from {', '.join(SEARCHES)}")
         check_objective(self.objective)
-        if min(self.most, self.beam, self.proposals, self.iterations, self.restarts) < 1 or self.step <= 0:
+        if (
+            min(self.most, self.beam, self.proposals, self.iterations, self.restarts) < 1
+            or min(self.step, self.noise) <= 0
+        ):
             raise ValueError(
                 f"most {self.most}, beam {self.beam}, proposals {self.proposals}, iterations {self.iterations} and "
-                f"restarts {self.restarts} must be at least 1, step {self.step} above 0"
+                f"restarts {self.restarts} must be at least 1, step {self.step} above 0, noise {self.noise} above 0"
             )
 
 
@@ -302,9 +313,28 @@ def _(spec: CaptionSearch, folder: Path) -> None:
     (folder / "scores.json").write_text(json.dumps({"found": told.pop("caption"), **told}, ensure_ascii=False))
 
 
+def twice(model: Tuned, **options) -> tuple[CaptionSearch, CaptionSearch]:
+    """The two searches, token by token, whose better end is taken: by NOISE and PRICE, and by SHARP; `options`: fields."""
+    return CaptionSearch(model, **options), CaptionSearch(model, **options | SHARP)
+
+
+def best_of(specs: Sequence[CaptionSearch]) -> tuple[str, float]:
+    """Of the captions that searches of one model have ended with, the one of the highest likelihood, and that.
+
+    The likelihood is that of NOISE less PRICE for each token, whatever the searches had. Searches that are not finished are
+    done now. ValueError without a search or for searches of several models.
+    """
+    if len({spec.model for spec in specs}) != 1:
+        raise ValueError("name one search or more, all of one model")
+    captions = [json.loads((results.complete(spec) / "scores.json").read_text())["found"] for spec in specs]
+    pair = load_tuned(specs[0].model)
+    best = rank(change_of(pair), pair.tuned, captions).iloc[0]
+    return best.caption, float(best.score)
+
+
 def search(spec: CaptionSearch, change: Change, pipeline: DiffusionPipeline) -> TokenSearch | GradientSearch:
     """The search that a spec describes, ready to run."""
-    common = {"prefix": spec.prefix, "objective": spec.objective}
+    common = _fields(spec, "prefix", "objective", "noise")
     if spec.by == "tokens":
         price = spec.price if spec.objective == "likelihood" else None
         return TokenSearch(change, pipeline, **common, price=price, **_fields(spec, "most", "beam", "proposals"))

@@ -54,7 +54,7 @@ def find(name: str) -> Path:
     except (OSError, RuntimeError, ValueError) as error:  # too long, of no known user, with a zero byte
         raise FileNotFoundError(f"unknown model {str(name)!r}: it cannot be a path ({error})") from error
     if str(name).endswith(FILES):
-        raise FileNotFoundError(f"{name} does not exist: check the path")
+        raise FileNotFoundError(f"unknown model {str(name)!r}: there is no such file, check the path")
     repository, _, revision = str(name).partition("@")
     if repository.count("/") == 1 and not repository.startswith((".", "/", "~")):
         return _snapshot(repository, revision or None)

@@ -71,7 +71,7 @@ def gather(path: str, bases: Sequence[str], candidates: Sequence[str] = (), gues
 class Lookup:
     """`gather` as a step of its own; the fields are its arguments."""
 
-    VERSION: ClassVar[int] = 2
+    VERSION: ClassVar[int] = 3
 
     path: str
     bases: tuple[str, ...]

@@ -1,6 +1,7 @@
 """Searching captions: token by token and by gradient, from planted changes; the step of the runner."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -8,8 +9,8 @@ import tiny
 import torch
 
 from fx import captions, results
-from fx.caption_search import CaptionSearch, GradientSearch, TokenSearch, search
-from fx.captions import change_of, score, states, token_numbers
+from fx.caption_search import CaptionSearch, GradientSearch, TokenSearch, best_of, search, twice
+from fx.captions import NOISE, PRICE, change_of, score, states, token_numbers
 from fx.finetune import FineTune, TrainingItem
 from fx.models import load_pipeline
 from fx.tuned import Checkpoint, load_tuned
@@ -41,6 +42,8 @@ def test_what_a_token_must_add_keeps_the_caption_short(reader):
     assert search(CaptionSearch(model, price=7.0), change, reader).price == 7.0
     assert search(CaptionSearch(model, objective="coverage"), change, reader).price == 0, "a share of 0 to 1, not nats"
     assert TokenSearch(change, reader, objective="coverage", most=4).run().caption != ""
+    with pytest.raises(ValueError, match=r"step 0\.1 above 0, noise 0\.0 above 0"):
+        CaptionSearch(model, noise=0.0)
     with pytest.raises(ValueError, match="most 0, beam 2 and proposals 64 must be at least 1"):
         TokenSearch(change, reader, most=0)
     with pytest.raises(ValueError, match="unknown objective 'magic'"):
@@ -102,6 +105,43 @@ def test_hard_prompts_go_up_the_gradient_and_repeat_with_their_seed(reader):
     assert ends[0].score < ends[1].score
     assert ends[1] == ends[2]
     assert ends[0].tokens != ends[3].tokens
+
+
+@pytest.mark.parametrize("by", ["tokens", "gradient"])
+def test_a_search_scores_with_the_noise_of_its_spec(reader, by):
+    """Of captions given as tokens it says what `score` says with that noise, in the middle of a search and at its end."""
+    change = tiny.explained_by(reader, "a dog", noise=0.3)
+    made = search(CaptionSearch(Checkpoint("somewhere"), by=by, noise=0.9, most=2, iterations=1), change, reader)
+    tokens = token_numbers(reader, ["a dog"])[0][:2]
+    expected = score(change, reader, [tokens], noise=0.9, price=getattr(made, "price", 0.0))[0]
+    if by == "tokens":
+        found = made.values([tuple(tokens)])[0]
+    else:
+        place = {word: number for number, word in enumerate(made.words)}
+        found = float(made.gradient(np.array([[place[token] for token in tokens]]))[0][0])
+    assert found == pytest.approx(expected, rel=1e-6)
+    ended = made.run()
+    assert ended.score == pytest.approx(score(change, reader, [ended.tokens], noise=0.9)[0], rel=1e-6)
+
+
+def test_of_several_searches_the_end_of_the_highest_likelihood_is_taken(tiny_sd, picture_folder, runs):
+    """Whatever noise and price the searches had themselves."""
+    options = {"learning_rate": 1e-3, "steps_per_image": 4, "batch_size": 2}
+    model = FineTune((TrainingItem(str(picture_folder), "a dog"),), str(tiny_sd), **options)
+    both = twice(model, most=2, proposals=4)
+    assert [(spec.noise, spec.price, spec.most) for spec in both] == [(NOISE, PRICE, 2), (0.03, 1.0, 2)]
+    specs = [*both, CaptionSearch(model, prefix="a dog", most=1, proposals=4), CaptionSearch(model, price=1e6)]
+    pair = load_tuned(model)
+    change = change_of(pair)
+    ends = [search(spec, change, pair.tuned).run().caption for spec in specs]
+    assert len(set(ends)) > 1
+    worth = score(change, pair.tuned, token_numbers(pair.tuned, ends), price=PRICE)
+    caption, likelihood = best_of(specs)
+    assert caption == ends[worth.argmax()]
+    assert likelihood == pytest.approx(worth.max(), rel=1e-6)
+    for wrong in ([], [both[0], CaptionSearch(replace(model, seed=1))]):
+        with pytest.raises(ValueError, match="name one search or more, all of one model"):
+            best_of(wrong)
 
 
 def test_hard_prompts_refuse_what_cannot_be(reader):

@@ -145,6 +145,25 @@ def test_likelihood_prefers_the_true_caption_to_a_longer_one_that_holds_it(candi
     assert captions.likelihood(change, longer)[0] < captions.likelihood(change, true)[0]
 
 
+def test_every_objective_of_every_change_is_scored_as_alone(reader):
+    """In chunks, and the noise reaches the likelihood: it is the one of the function itself."""
+    changes = [tiny.explained_by(reader, caption, noise=0.3) for caption in ("a dog", "in a dog")]
+    numbers = captions.token_numbers(reader, ["a dog", "a b dog", "dog", "in", "a"])
+    objectives = [captions.coverage, captions.objective_of(reader, "likelihood", noise=0.7)]
+    found = captions.score_each(changes, reader, numbers, objectives, chunk=2)
+    assert found.shape == (2, 2, 5)
+    with torch.no_grad():
+        embeddings = captions.states(reader, numbers).cpu()
+        for change, rows in zip(changes, found, strict=True):
+            expected = [captions.coverage(change, embeddings), captions.likelihood(change, embeddings, 0.7)]
+            np.testing.assert_allclose(rows, torch.stack(expected), rtol=1e-6)
+            alone = captions.score(change, reader, numbers, price=2.0, noise=0.7)
+            np.testing.assert_allclose(alone, rows[1] - 2.0 * np.array([len(one) for one in numbers]), rtol=1e-6)
+            assert abs(captions.score(change, reader, numbers) - rows[1]).min() > 1e-3, (
+                "another noise, another likelihood"
+            )
+
+
 def test_a_change_orthogonal_to_all_captions_says_nothing_about_them(candidates):
     inside = candidates.clone()
     inside[..., WIDTH // 2 :] = 0

@@ -395,7 +395,7 @@ def test_a_missing_file_is_not_asked_for_at_the_hub(monkeypatch):
 
     monkeypatch.setattr(checkpoints, "_snapshot", asked)
     for name in ("downloads/artist.safetensors", "downloads/artist.ckpt"):
-        with pytest.raises(FileNotFoundError, match=f"{name} does not exist: check the path"):
+        with pytest.raises(FileNotFoundError, match=f"unknown model '{name}': there is no such file, check the path"):
             checkpoints.find(name)
     with pytest.raises(AssertionError, match="the Hub was asked"):
         checkpoints.find("someone/dogs")
