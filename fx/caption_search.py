@@ -283,7 +283,7 @@ class CaptionSearch:
     beam: int = 2
     proposals: int = 64
     price: float = PRICE
-    noise: float = field(default=NOISE, metadata={"absent": SHARP["noise"]})
+    noise: float = field(default=NOISE, metadata={"absent": 0.03})  # what it was before it was a field
     iterations: int = 1000
     restarts: int = 4
     step: float = 0.1

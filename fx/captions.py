@@ -348,7 +348,7 @@ def score_each(
 ) -> np.ndarray:
     """Several objectives of several changes, float64 [changes, objectives, n], for captions given as token numbers.
 
-    Each caption is encoded once, `chunk` at a time. The changes must be ones that the pipeline's text encoder belongs to.
+    Each caption is encoded once, `chunk` at a time, by the pipeline's text encoders, which must be those of all the changes.
     """
     parts = []
     for start in range(0, len(numbers), chunk):

@@ -35,7 +35,6 @@ PREDICTIONS = {"epsilon": "epsilon", "eps": "epsilon", "noise": "epsilon", "samp
 PREDICTIONS |= dict.fromkeys(("v", "v_prediction", "v-prediction", "v_pred", "velocity"), "v_prediction")
 PREDICTIONS |= dict.fromkeys(("flow", "flow_prediction", "rectified_flow"), "flow_prediction")
 V_ARCHITECTURE = "stable-diffusion-v2-768-v"
-FILES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin", ".zip")  # ends of names that no Hub id is meant to have
 # a part's weights: diffusers' or transformers' name, a variant, a shard
 WEIGHTS = re.compile(r"(?:diffusion_pytorch_model|model)(?:\.([\w-]+?))?(?:-\d+-of-\d+)?\.safetensors")
 
@@ -53,7 +52,7 @@ def find(name: str) -> Path:
                 return place
     except (OSError, RuntimeError, ValueError) as error:  # too long, of no known user, with a zero byte
         raise FileNotFoundError(f"unknown model {str(name)!r}: it cannot be a path ({error})") from error
-    if str(name).endswith(FILES):
+    if Path(name).suffix.lower() in (".safetensors", *PICKLES):
         raise FileNotFoundError(f"unknown model {str(name)!r}: there is no such file, check the path")
     repository, _, revision = str(name).partition("@")
     if repository.count("/") == 1 and not repository.startswith((".", "/", "~")):

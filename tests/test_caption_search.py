@@ -116,6 +116,13 @@ def test_a_search_scores_with_the_noise_of_its_spec(reader, by):
     expected = score(change, reader, [tokens], noise=0.9, price=getattr(made, "price", 0.0))[0]
     if by == "tokens":
         found = made.values([tuple(tokens)])[0]
+        words = [(word,) for word in made.words]
+        made.proposals = len(words)
+        order, usual = [
+            [words[n] for n in np.argsort(-score(change, reader, words, length=4, **noise), kind="stable")]
+            for noise in ({"noise": 0.9}, {})
+        ]
+        assert made.proposed(words) == order != usual
     else:
         place = {word: number for number, word in enumerate(made.words)}
         found = float(made.gradient(np.array([[place[token] for token in tokens]]))[0][0])

@@ -394,7 +394,7 @@ def test_a_missing_file_is_not_asked_for_at_the_hub(monkeypatch):
         raise AssertionError("the Hub was asked")
 
     monkeypatch.setattr(checkpoints, "_snapshot", asked)
-    for name in ("downloads/artist.safetensors", "downloads/artist.ckpt"):
+    for name in ("downloads/artist.safetensors", "downloads/artist.ckpt", "downloads/Artist.PT"):
         with pytest.raises(FileNotFoundError, match=f"unknown model '{name}': there is no such file, check the path"):
             checkpoints.find(name)
     with pytest.raises(AssertionError, match="the Hub was asked"):
