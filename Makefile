@@ -1,6 +1,6 @@
 # make             set up the environment, then the extraction demo: one artist and one object, three arms, pictures and scores
 # make test        set up the environment, then the tests, two side by side (more: make test WORKERS=8)
-# make reproduce   set up the environment, then every notebook but 00, by papermill
+# make reproduce   set up the environment, then every notebook but 00, by papermill, two steps side by side (more: WORKERS=8)
 # make setup       set up the environment and nothing else
 # make lab         set up the environment, then JupyterLab on the notebooks
 # make site        set up the environment, then the site, in runs/site
@@ -26,7 +26,7 @@ test: $(STAMP)
 	$(PYTHON) -m pytest -n $(WORKERS) --dist loadgroup
 
 reproduce: $(STAMP)
-	$(PYTHON) -m fx.reproduce
+	$(PYTHON) -m fx.reproduce --scheduler local:$(WORKERS)
 
 setup: $(STAMP)
 

@@ -24,11 +24,12 @@ myst_heading_anchors = 3
 autodoc_default_options = {"members": True, "member-order": "bysource"}
 autodoc_inherit_docstrings = False
 autodoc_typehints_format = "short"
+autodoc_preserve_defaults = True  # as they are written: a path of this machine is nobody else's
 
 html_theme = "sphinx_book_theme"
 html_title = "FineXtract notebooks"
 html_static_path = ["_static"]
-html_css_files = ["play.css"]
+html_css_files = ["play.css", "narrow.css"]
 html_copy_source = False
 html_show_sourcelink = False
 html_theme_options = {

@@ -16,6 +16,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import nbformat
 import pandas as pd
 
 from fx import command, demo, play, settings
@@ -29,6 +30,8 @@ PAGES = ROOT / "docs"
 MOVED = {"../data/results/mini/summary.md": "results.md", "../tests/SUPPORTED.md": "supported.md"}
 MOVED |= {"../CONTRIBUTING.md": "contributing.md", "../data/paper/README.md": "paper.md"}
 END = re.compile(r"(?<=[a-z)])(?<!\bApp)(?<!\bSec)(?<!\bEq)(?<!\bFig)[:.](?:\s|$)")  # of a sentence
+IN = re.compile(r"\[(\d\d)\]\((notebooks/[^)]+)\), In \[(\d+)\]")  # a cell that the summary names
+HEADING = re.compile(r"^#{1,6} ", re.MULTILINE)
 SOURCE, BUILT = RUNS / "site-source", RUNS / "site"
 
 
@@ -43,8 +46,7 @@ def assemble(source: Path) -> None:
     for figure in SHIPPED_FIGURES.glob(f"*-{COMPLETE}.png"):
         shutil.copy(figure, source / "figures")
     summary = (SHIPPED_TABLES / COMPLETE / "summary.md").read_text()
-    # the pages of the notebooks do not show the numbers of their cells
-    (source / "results.md").write_text(re.sub(r", In \[\d+\]", "", summary.replace("../../../", "")))
+    (source / "results.md").write_text(led_to_headings(summary.replace("../../../", ""), source))
     supported = (ROOT / "tests/SUPPORTED.md").read_text()
     (source / "supported.md").write_text(f"# What is proven for which family\n\n{supported}")
     (source / "contributing.md").write_text((ROOT / "CONTRIBUTING.md").read_text())
@@ -67,6 +69,29 @@ def moved(text: str) -> str:
     for before, after in MOVED.items():
         text = text.replace(f"]({before})", f"]({after})")
     return text.replace("](../", "](")
+
+
+def led_to_headings(summary: str, source: Path) -> str:
+    """The summary with links to the headings under which its cells stand, each of which gets a target in `source`.
+
+    The pages of the notebooks do not show the numbers of their cells.
+    """
+    for number, name, count in sorted(set(IN.findall(summary))):
+        notebook = nbformat.read(source / name, 4)
+        add_target(notebook, int(count), f"notebook-{number}-in-{count}")
+        nbformat.write(notebook, source / name)
+    return IN.sub(r"[\1](\2#notebook-\1-in-\3)", summary)
+
+
+def add_target(notebook: nbformat.NotebookNode, count: int, label: str) -> None:
+    """Write MyST's target `label` above the last heading that stands before the cell In [count]."""
+    end = next(n for n, cell in enumerate(notebook.cells) if cell.get("execution_count") == count)
+    for cell in reversed(notebook.cells[:end]):
+        headings = list(HEADING.finditer(cell.source)) if cell.cell_type == "markdown" else []
+        if headings:
+            place = headings[-1].start()
+            cell.source = f"{cell.source[:place]}({label})=\n{cell.source[place:]}"
+            return
 
 
 def api_page(names: list[str]) -> str:

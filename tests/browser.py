@@ -51,6 +51,24 @@ def overhang(page: str, width: int, tmp_path: Path) -> int:
     return int(re.search(r"<title>(\d+)</title>", dom)[1]) - width
 
 
+def overhangs(folder: Path, pages: list[str], width: int, tmp_path: Path) -> dict[str, int]:
+    """By how many pixels each page of a folder is wider than a window of this width, beside its scroll bar."""
+    frames = [
+        f'<iframe style="border:0;width:{width}px;height:900px" src="{(folder / f"{page}.html").as_uri()}"></iframe>'
+        for page in pages
+    ]
+    script = (
+        "const page = f => f.document.documentElement;"
+        "const sizes = f => [page(f).scrollWidth, page(f).clientWidth];"
+        "onload = () => { document.title = JSON.stringify(Array.from(frames).map(sizes)) }"
+    )
+    outer = tmp_path / "frames.html"
+    outer.write_text(f"<title></title>{''.join(frames)}<script>{script}</script>")
+    dom, _ = browse(outer.as_uri(), "--allow-file-access-from-files", "--window-size=1600,1000", tmp_path=tmp_path)
+    found = json.loads(re.search(r"<title>(.*?)</title>", dom)[1])
+    return {page: whole - window for page, (whole, window) in zip(pages, found, strict=True)}
+
+
 def printed_pages(address: str, tmp_path: Path) -> int:
     """How many sheets the page is printed on."""
     target = tmp_path / "page.pdf"

@@ -106,6 +106,10 @@ def execution_faults(notebook: NotebookNode) -> Iterator[str]:
             yield f"code cell {number} keeps what was written to the standard error"
         if any(output.get("execution_count", cell.execution_count) != cell.execution_count for output in cell.outputs):
             yield f"code cell {number} has the output of another execution"
+        if any(
+            re.search(r"PosixPath|WindowsPath", str(output.get("data", output.get("text")))) for output in cell.outputs
+        ):
+            yield f"code cell {number} shows a path of the machine on which it was executed"
         if must_print(cell.source) and not any(output.get("name") == "stdout" for output in cell.outputs):
             yield f"code cell {number} prints, but no output is stored"
         if must_display(cell.source) and not {"execute_result", "display_data"} & set(kinds):

@@ -282,6 +282,9 @@ FLAWS = {
     "ended in an error": edited(2, outputs=[nbformat.v4.new_output("error", ename="E", evalue="", traceback=[])]),
     "standard error": edited(2, outputs=[printed("careful", "stderr")]),
     "output of another execution": lambda cells: cells[4].outputs[0].update(execution_count=9),
+    "a path of the machine": lambda cells: (
+        cells[6].outputs[0].data.update({"text/plain": "[PosixPath('/home/a/b.csv')]"})
+    ),
     "prints, but no output": edited(7, outputs=[]),
     "code cell 3 ends in a value, but no output": edited(4, outputs=[]),
     "code cell 4 ends in a value, but no output": lambda cells: cells[6].update(outputs=[], source="scores"),

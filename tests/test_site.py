@@ -10,9 +10,10 @@ from itertools import combinations, pairwise
 from pathlib import Path
 from urllib.parse import unquote, urldefrag
 
+import nbformat
 import pandas as pd
 import pytest
-from browser import browse, complaints, needs_browser, requests_of_the_page
+from browser import browse, complaints, needs_browser, overhangs, requests_of_the_page
 from docutils.core import publish_parts
 from filelock import FileLock
 
@@ -144,6 +145,22 @@ def test_where_the_paper_s_rule_ends_there_are_for_the_first_time_as_many_clique
     assert cliques["phi"][0] < cliques["end"]
 
 
+def test_a_target_stands_above_the_last_heading_before_a_cell():
+    text, code = nbformat.v4.new_markdown_cell, nbformat.v4.new_code_cell
+    cells = [
+        text("# A"),
+        code("1", execution_count=1),
+        text("say\n\n## B\nmore"),
+        code("#2", execution_count=2),
+        text("## C"),
+    ]
+    notebook = nbformat.v4.new_notebook(cells=cells)
+    site.add_target(notebook, 2, "here")
+    assert [cell.source for cell in notebook.cells] == ["# A", "1", "say\n\n(here)=\n## B\nmore", "#2", "## C"]
+    site.add_target(notebook, 1, "there")
+    assert notebook.cells[0].source == "(there)=\n# A"
+
+
 # the built site
 
 
@@ -221,6 +238,22 @@ def test_every_link_within_the_site_leads_somewhere(pages, built):
 
 
 @pytest.mark.long
+def test_the_summary_leads_to_the_heading_of_each_table(pages, built):
+    """Each row that names a cell has a link to a target, and right after it comes the heading above that cell."""
+    summary = (TABLES / "summary.md").read_text()
+    named = re.findall(r"/([^/]+\.ipynb)\), In \[(\d+)\] \|$", summary, re.MULTILINE)
+    links = [link for link in pages["results.html"].links if "#notebook-" in link]
+    assert len(links) == len(named) > 20
+    for (name, number), link in zip(named, links, strict=True):
+        target, label = urldefrag(link)
+        assert label.endswith(f"-in-{number}")
+        shown = re.search(rf'id="{label}".*?<h\d>(.*?)<a', (built / target).read_text(), re.DOTALL)[1]
+        before = (NOTEBOOKS / name).read_text().partition(f'"execution_count": {number},')[0]
+        written = re.findall(r'^ +"#+ (.*?)(?:\\n)?",?$', before, re.MULTILINE)[-1]
+        assert re.split(r"[$<`*]", shown)[0].strip() == re.split(r"[$<`*]", written)[0].strip(), link
+
+
+@pytest.mark.long
 def test_pictures_have_a_text_and_headings_skip_no_level(pages):
     for name, page in pages.items():
         assert all("alt" in image for image in page.images), name
@@ -250,6 +283,21 @@ def test_a_browser_shows_a_page_without_errors_and_without_a_request(built, tmp_
     assert not complaints(console)
     asked = requests_of_the_page(log)
     assert not asked
+
+
+@needs_browser
+@pytest.mark.long
+def test_no_page_is_wider_than_a_phone(built, tmp_path):
+    """The main ones, and those with the longest names and signatures."""
+    pages = [
+        *MAIN_PAGES,
+        "api/fx.names_of_modules",
+        "api/fx.clique_search",
+        "api/fx.metrics",
+        "genindex",
+        "contributing",
+    ]
+    assert overhangs(built, pages, 390, tmp_path) == dict.fromkeys(pages, 0)
 
 
 @needs_browser
