@@ -1,6 +1,5 @@
 """A page in a headless Chromium: what it shows, complains of and asks for, how wide it is, on how many sheets it prints."""
 
-import html
 import json
 import re
 import shutil
@@ -41,16 +40,6 @@ def requests_of_the_page(log: Path) -> set[str]:
     return {p["url"] for p in found if str(p.get("url")).startswith("http") and p.get("initiator") not in own}
 
 
-def overhang(page: str, width: int, tmp_path: Path) -> int:
-    """By how many pixels the text of a page, which loads nothing, is wider than a window of this width."""
-    frame = f'<iframe id="f" style="border:0;width:{width}px;height:900px" srcdoc="{html.escape(page)}"></iframe>'
-    measure = "document.title = document.getElementById('f').contentDocument.documentElement.scrollWidth"
-    outer = tmp_path / "frame.html"
-    outer.write_text(f"<title></title>{frame}<script>onload = () => {{ {measure} }}</script>", "utf-8")
-    dom, _ = browse(outer.as_uri(), "--window-size=1600,1000", tmp_path=tmp_path)
-    return int(re.search(r"<title>(\d+)</title>", dom)[1]) - width
-
-
 def overhangs(folder: Path, pages: list[str], width: int, tmp_path: Path) -> dict[str, int]:
     """By how many pixels each page of a folder is wider than a window of this width, beside its scroll bar."""
     frames = [
@@ -67,6 +56,12 @@ def overhangs(folder: Path, pages: list[str], width: int, tmp_path: Path) -> dic
     dom, _ = browse(outer.as_uri(), "--allow-file-access-from-files", "--window-size=1600,1000", tmp_path=tmp_path)
     found = json.loads(re.search(r"<title>(.*?)</title>", dom)[1])
     return {page: whole - window for page, (whole, window) in zip(pages, found, strict=True)}
+
+
+def overhang(page: str, width: int, tmp_path: Path) -> int:
+    """The same of the text of one page, which loads nothing."""
+    (tmp_path / "page.html").write_text(page, "utf-8")
+    return overhangs(tmp_path, ["page"], width, tmp_path)["page"]
 
 
 def printed_pages(address: str, tmp_path: Path) -> int:
