@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from huggingface_hub import hf_hub_download, snapshot_download
+from huggingface_hub import constants, hf_hub_download, snapshot_download
 from huggingface_hub.errors import (
     EntryNotFoundError,
     HFValidationError,
@@ -64,7 +64,21 @@ def find(name: str) -> Path:
     )
 
 
+_FETCHED: dict[tuple, Path] = {}
+
+
 def _snapshot(repository: str, revision: str | None) -> Path:
+    """The folder of a Hub repository, which a process asks the Hub for once.
+
+    A run needs it a thousand times, and of a branch that moved meanwhile it would take two models for one.
+    """
+    asked = repository, revision, constants.HF_HUB_CACHE
+    if asked not in _FETCHED or not _FETCHED[asked].is_dir():
+        _FETCHED[asked] = _fetch(repository, revision)
+    return _FETCHED[asked]
+
+
+def _fetch(repository: str, revision: str | None) -> Path:
     """The folder of a Hub repository; of a pipeline only the parts that are read, not the same weights once more.
 
     Variants ("…fp16.safetensors") are fetched only where a part of the model has no other weights.
@@ -316,6 +330,20 @@ def header(file: Path) -> dict[str, str]:
     keys(file)
     with safe_open(file, "pt") as tensors:
         return tensors.metadata() or {}
+
+
+def settle(file: Path) -> None:
+    """Put the text entries in the header of a safetensors file that we wrote into the order of their names.
+
+    The library leaves the order to chance, and the same model would be another file, with another SHA-256, each time.
+    """
+    content = file.read_bytes()
+    start = 8 + int.from_bytes(content[:8], "little")
+    entries = json.loads(content[8:start])
+    entries["__metadata__"] = dict(sorted(entries["__metadata__"].items()))
+    text = json.dumps(entries, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # the numbers behind it begin at a multiple of eight bytes
+    file.write_bytes(len(text).to_bytes(8, "little") + text + content[start:])
 
 
 def folder_words(entries: dict[str, str]) -> list[str]:

@@ -26,6 +26,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from fx import parts, results
+from fx.checkpoints import settle
 from fx.datasets import Item, load_images, load_item
 from fx.defenses import check_transform, transform
 from fx.families import (
@@ -271,15 +272,20 @@ def _(spec: FineTune, folder: Path) -> None:
         save_file(lycoris(trained, spec.alpha), folder / LORA_FILE)
     else:
         pipeline.save_lora_weights(folder, weight_name=LORA_FILE, **_lora_layers(trained))
+        settle(folder / LORA_FILE)
 
 
 def _lora_layers(trained: dict[str, nn.Module]) -> dict[str, dict]:
-    """The layers of every part and peft's settings for them, without which loading takes alpha to be the rank."""
+    """The layers of every part and peft's settings for them, without which loading takes alpha to be the rank.
+
+    What peft keeps as a set is sorted: its order is another in every process.
+    """
     found = {}
     for name, model in trained.items():
         layers = get_peft_model_state_dict(model)
         converted = layers if name == "transformer" else convert_state_dict_to_diffusers(layers)
-        settings = model.peft_config["default"].to_dict()
+        settings = model.peft_config["default"].to_dict().items()
+        settings = {key: sorted(value) if isinstance(value, set) else value for key, value in settings}
         found |= {f"{name}_lora_layers": converted, f"{name}_lora_adapter_metadata": settings}
     return found
 

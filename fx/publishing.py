@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from fx import adapters, results
+from fx import adapters, checkpoints, results
 from fx.families import TEXT_PARTS, network, network_name
 from fx.finetune import FineTune, load_training
 from fx.models import LORA_FILE, load_pipeline
@@ -153,6 +153,8 @@ def _kohya(spec: Published, target: Path) -> None:
                 value = value[:, None] if word == "magnitude" and value.ndim == 1 else value
                 tensors[f"{module}.{KOHYA.get(word, word)}"] = value.clone().contiguous()
     save_file(tensors, target, header_of(spec.model) if spec.says else None)
+    if spec.says:
+        checkpoints.settle(target)
 
 
 def header_of(model: FineTune) -> dict[str, str]:

@@ -1,6 +1,7 @@
 """A tiny random pipeline of the stock classes, a folder of pictures and a work area of its own, for all test files."""
 
 import copy
+import json
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,11 +12,13 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
+import paper_world
 import pytest
 import supported
 import tiny
 import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline
+from filelock import FileLock
 from hypothesis import settings
 from PIL import Image
 
@@ -54,6 +57,22 @@ def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
         terminalreporter.write_line(
             "FAILED tests/SUPPORTED.md is not what the tests prove: run python tests/supported.py"
         )
+
+
+@pytest.fixture(scope="session")
+def of_all(tmp_path_factory) -> Path:
+    """A folder for what is made once for all workers, where tests run side by side: whoever makes it takes a lock."""
+    own = tmp_path_factory.getbasetemp()
+    return own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
+
+
+@pytest.fixture(scope="session")
+def world(of_all) -> dict[str, str]:
+    """The environment in which the paper's models and images lie where they would, in small (paper_world); made once."""
+    with FileLock(of_all / "world.lock"):
+        if not (told := of_all / "world.json").exists():
+            told.write_text(json.dumps(paper_world.build(of_all / "world")))
+    return json.loads(told.read_text())
 
 
 @pytest.fixture(scope="session")

@@ -725,6 +725,41 @@ def test_a_hub_repository_with_variants_only_is_fetched_whole(folders, tmp_path,
     assert not list(checkpoints.find("someone/both").rglob("*.fp16.*"))
 
 
+def test_a_settled_file_has_the_same_bytes_whenever_it_is_saved_and_says_the_same(tmp_path):
+    """The library leaves the order of eight entries to chance: three files are one in 40,320 squared times as they come."""
+    file, tensors = tmp_path / "a.safetensors", {"b": torch.randn(3, 5), "a": torch.arange(7, dtype=torch.int8)}
+    told = {f"entry {number}": 'ü "\n\\' * number for number in range(8)}
+    found = set()
+    for _ in range(3):
+        save_file(tensors, file, told)
+        checkpoints.settle(file)
+        found.add(file.read_bytes())
+    assert len(found) == 1
+    assert checkpoints.header(file) == told
+    read = load_file(file)
+    assert read.keys() == tensors.keys()
+    assert all(torch.equal(read[name], tensors[name]) for name in tensors)
+
+
+def test_a_process_asks_the_hub_once_for_a_repository_and_again_if_it_is_gone(tmp_path, monkeypatch):
+    asked = []
+
+    def download(repository, revision=None, **_):
+        asked.append(f"{repository}@{revision}")
+        (place := tmp_path / str(revision)).mkdir(exist_ok=True)
+        return str(place)
+
+    monkeypatch.setattr(checkpoints, "hf_hub_download", lambda *_, **__: None)
+    monkeypatch.setattr(checkpoints, "snapshot_download", download)
+    for _ in range(3):
+        assert checkpoints.find("someone/birds") == tmp_path / "None"
+        assert checkpoints.find("someone/birds@v2") == tmp_path / "v2"
+    assert asked == ["someone/birds@None", "someone/birds@v2"]
+    shutil.rmtree(tmp_path / "v2")
+    assert checkpoints.find("someone/birds@v2").is_dir()
+    assert asked[2:] == ["someone/birds@v2"]
+
+
 def test_pickles_that_nobody_reads_are_no_matter(folders, tmp_path):
     """A training checkpoint: unet/ beside accelerate's optimizer.bin, scheduler.bin and random_states_0.pkl."""
     shutil.copytree(folders["sd1 tuned"] / "unet", tmp_path / "unet")

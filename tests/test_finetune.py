@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import json
 import shutil
 from dataclasses import replace
 from types import SimpleNamespace
@@ -446,6 +447,17 @@ def test_the_saved_model_predicts_what_was_trained(spec, runs, pictures, family,
         assert torch.allclose(found, denoise(network(pipeline), x, t, text), atol=1e-5)
         assert torch.allclose(base, denoise(network(load_pipeline(family)), x, t, text), atol=1e-5)
     assert (found - base).abs().max() > 1e-2
+
+
+def test_a_saved_lora_has_the_same_bytes_in_every_process(spec, runs, family):
+    """peft keeps the names of the adapted modules as a set, safetensors the entries of a header: in any order."""
+    content = (results.complete(spec("lora", base=family, steps_per_image=1)) / LORA_FILE).read_bytes()
+    header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+    assert list(header["__metadata__"]) == ["format", "lora_adapter_metadata"]
+    settings = json.loads(header["__metadata__"]["lora_adapter_metadata"])
+    (modules,) = (value for name, value in settings.items() if name.endswith(".target_modules"))
+    assert len(modules) >= 4
+    assert modules == sorted(modules)
 
 
 def test_the_first_loss_of_every_family_is_that_of_its_own_schedule_and_prediction(spec, family, pictures, tmp_path):

@@ -13,7 +13,6 @@ import layout
 import matplotlib.pyplot as plt
 import nbformat
 import pandas as pd
-import paper_world
 import papermill
 import pytest
 
@@ -448,12 +447,6 @@ def test_every_file_of_parameters_belongs_to_a_notebook_that_takes_them(file):
     assert parameters(notebook, file.parent.name, {})
 
 
-@pytest.fixture(scope="session")
-def world(tmp_path_factory) -> dict[str, str]:
-    """The environment in which the paper's models and images lie where they would, in small (paper_world)."""
-    return paper_world.build(tmp_path_factory.mktemp("world"))
-
-
 def in_small(path: Path, profile: str, **changes: object) -> dict[str, object]:
     """A notebook's parameters in a profile, with the counts of smoke and these changes."""
     small = parameters(path, "smoke", {})
@@ -472,9 +465,9 @@ RUNS |= {f"{path.stem} zoo": (path, "paper", {"source": "zoo"}) for path in EXPE
 
 
 @pytest.fixture(scope="session")
-def area(tmp_path_factory) -> Path:
-    """One work area for all notebooks that a worker runs, as in a reproduction: what one has done the next ones find."""
-    return tmp_path_factory.mktemp("runs")
+def area(of_all) -> Path:
+    """One work area for all notebooks, as in a reproduction: what one has done, or is doing, the others find."""
+    return of_all / "runs"
 
 
 @pytest.fixture

@@ -4,16 +4,10 @@ import os
 from pathlib import Path
 
 import huggingface_hub.constants
-import paper_world
 import pytest
 
 from fx import needs, originals, reproduce, similarity
 from fx.paths import NOTEBOOKS
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory) -> dict[str, str]:
-    return paper_world.build(tmp_path_factory.mktemp("world"))
 
 
 @pytest.fixture

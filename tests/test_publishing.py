@@ -1,5 +1,6 @@
 """Published forms: each loads as a download and predicts what was trained, and says what it is asked to say."""
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -71,6 +72,9 @@ def test_kohyas_header_tells_base_caption_and_number_of_images_if_it_is_to(made)
     assert (found.base, found.images, found.images_with_repeats) == (model.base, 4, 40)
     assert ("a sks dog", "a folder of training images") in inspect(str(told)).leads
     assert checkpoints.metadata(silent) == checkpoints.Metadata()
+    content = told.read_bytes()
+    entries = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])["__metadata__"]
+    assert list(entries) == sorted(entries), "in any other order the same model would be another file"
     with safe_open(told, "pt") as one, safe_open(silent, "pt") as other:
         assert set(one.keys()) == set(other.keys())
         assert all(name.startswith("lora_unet_") for name in one.keys())  # noqa: SIM118 - it is no dictionary

@@ -2,7 +2,6 @@
 
 import ast
 import json
-import os
 import re
 import sys
 from html.parser import HTMLParser
@@ -188,14 +187,12 @@ class _Page(HTMLParser):
 
 
 @pytest.fixture(scope="session")
-def built(tmp_path_factory) -> Path:
+def built(of_all) -> Path:
     """The site, built once for all workers that run side by side."""
-    workers = "PYTEST_XDIST_WORKER" in os.environ
-    folder = tmp_path_factory.getbasetemp().parent if workers else tmp_path_factory.mktemp("site")
-    with FileLock(folder / "site.lock"):
-        if not (folder / "html/index.html").is_file():
-            site.build(folder / "source", folder / "html")
-    return folder / "html"
+    with FileLock(of_all / "site.lock"):
+        if not (of_all / "site/html/index.html").is_file():
+            site.build(of_all / "site/source", of_all / "site/html")
+    return of_all / "site/html"
 
 
 @pytest.fixture(scope="module")
