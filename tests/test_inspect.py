@@ -240,7 +240,8 @@ def test_two_versions_of_one_base_are_nearest_and_further(three_bases, tmp_path)
 
 
 def test_where_none_fits_it_is_said(three_bases, tmp_path, monkeypatch):
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # or no/such would be asked for again and again
+    # or no/such would be asked for again and again
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     other = tiny.save("sdxl", tmp_path / "sdxl")
     tuned = moved(three_bases[0], tmp_path / "tuned", 0.05)
     found = rank_bases(str(tuned), [str(other), three_bases[1], "no/such"])
