@@ -3,10 +3,10 @@
     PYTHONPATH=. python tests/kills.py [--kills N] [--seed N] [CASE ...]
 
 Each case is done once undisturbed, then in another work area where it is killed (SIGKILL) at random moments before it is
-let finish: `fine-tune`, `generate`, `extract`, `search` (a caption), `audit` (the command) and `reproduce` (a notebook by
-papermill). After every kill each finished step must be whole (`fx.runs verify`), and at the end be the very folder that
-was there first, so that nothing finished was done again; all files but the manifests, which tell the time, must be byte by
-byte those of the undisturbed run. The tests run a short form of it (tests/test_kills.py).
+let finish: `fine-tune`, `adapter` (a LoRA), `generate`, `extract`, `search` (a caption), `audit` (the command) and
+`reproduce` (a notebook by papermill). After every kill each finished step must be whole (`fx.runs verify`), and at the end
+be the very folder that was there first, so that nothing finished was done again; all files but the manifests, which tell
+the time, must be byte by byte those of the undisturbed run. The tests run a short form of it (tests/test_kills.py).
 """
 
 import argparse
@@ -23,7 +23,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -66,6 +66,10 @@ def fine_tuned(base: str, pictures: str) -> FineTune:
     return FineTune((TrainingItem(pictures, "a dog"),), base=base, steps_per_image=20, batch_size=2)
 
 
+def adapted(base: str, pictures: str) -> FineTune:
+    return replace(fine_tuned(base, pictures), method="lora", rank=2, alpha=2)
+
+
 def generated(base: str, pictures: str) -> Generate:
     return Generate(fine_tuned(base, pictures), "finextract", 3.0, n_generated=48, steps=6)
 
@@ -78,7 +82,8 @@ def searched(base: str, pictures: str) -> CaptionSearch:
     return CaptionSearch(fine_tuned(base, pictures), objective="coverage", most=3)
 
 
-SPECS: dict[str, Callable] = {"fine-tune": fine_tuned, "generate": generated, "extract": scored, "search": searched}
+SPECS: dict[str, Callable] = {"fine-tune": fine_tuned, "adapter": adapted}
+SPECS |= {"generate": generated, "extract": scored, "search": searched}
 CASES = (*SPECS, *COMMANDS)
 ENDED = (0, audit.FOUND)  # exit codes of what came to its end
 
