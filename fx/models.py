@@ -46,7 +46,7 @@ SHAPES = (
     "joint_attention_dim",
     "guidance_embeds",
 )
-KEPT: dict = {}  # the model pair that `fx.tuned.kept_pair` holds for whoever asks for it next
+KEPT: dict = {}  # what is held for whoever asks for it next: a model pair (`fx.tuned.kept_pair`), judges (`fx.quality`)
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 diffusers_logging.disable_progress_bar()
 transformers_logging.disable_progress_bar()
@@ -104,7 +104,7 @@ def load_pipeline(name: str, dtype: torch.dtype = torch.float32) -> DiffusionPip
 
 
 def let_go() -> None:
-    """Give back the memory of a model pair that is kept."""
+    """Give back the memory of the model pair and the judges that are kept."""
     if KEPT:
         KEPT.clear()
         if device().type == "cuda":

@@ -19,8 +19,9 @@ from transformers.image_processing_utils import BaseImageProcessor
 
 from fx import checkpoints
 from fx.datasets import to_uint8
-from fx.models import device
+from fx.models import KEPT, device
 from fx.parts import check_finite
+from fx.results import sha256_of
 
 # The judges of the paper's models, at revisions with safetensors. App. I names CLIP-IQA without its network. The ResNet-50
 # of Wang et al. is published as a TorchScript program that libraries fetch and run, so the ViT-B/16 of CLIP stands here; its
@@ -54,8 +55,18 @@ def load_judge(name: str | Path) -> Judge:
     A folder is laid out as save_pretrained does it: config.json, model.safetensors and preprocessor_config.json of a
     CLIPModel (with its tokenizer), a ViTModel (DINO) or a Dinov2Model. Raises FileNotFoundError for what is not there,
     ValueError for another network and for files that are pickles, truncated, incomplete or not finite.
+
+    It stays in memory for the next score, as a model pair does for the next arm (`fx.models.let_go`): to be read only.
     """
     folder = _folder(name)
+    asked = "judge", sha256_of(folder), device()
+    if asked not in KEPT:
+        KEPT[asked] = _judge(folder)
+    return KEPT[asked]
+
+
+def _judge(folder: Path) -> Judge:
+    """The judge in a folder, loaded now."""
     network = _network(folder)
     try:
         processor = AutoImageProcessor.from_pretrained(folder, local_files_only=True)

@@ -29,9 +29,10 @@ PARAMETERS = sorted(NOTEBOOKS.glob("params/*/*.yaml"))
 
 def run_nbval(how: str, notebook: Path, outputs: Path, runs: Path) -> None:
     """Run a notebook with its tables and figures in `outputs` and its steps in `runs`, where others may have done some."""
+    nbval_alone = {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}  # the other plugins take a second to be imported
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", how, "-p", "no:cacheprovider", "-q", str(notebook)],
-        env=os.environ | {"FX_RUNS": str(runs), "FX_OUTPUTS": str(outputs)},
+        [sys.executable, "-m", "pytest", "-p", "nbval.plugin", how, "-p", "no:cacheprovider", "-q", str(notebook)],
+        env=os.environ | nbval_alone | {"FX_RUNS": str(runs), "FX_OUTPUTS": str(outputs)},
         cwd=ROOT,
         capture_output=True,
         text=True,

@@ -1,7 +1,9 @@
 """CLIP-IQA and fidelity against transformers' own classes, on tiny random judges and on the shipped mini-clip."""
 
+import gc
 import json
 import shutil
+import weakref
 
 import numpy as np
 import pytest
@@ -12,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torchvision.transforms.functional import gaussian_blur
 from transformers import AutoImageProcessor, CLIPModel, CLIPProcessor, CLIPTokenizer, Dinov2Model, ViTModel
 
-from fx import quality
+from fx import models, quality
 from fx.datasets import from_uint8, load_images, load_item, names, to_uint8
 from fx.mini import clip
 from fx.paths import MODELS
@@ -211,6 +213,23 @@ def test_floats_enter_as_the_pictures_of_eight_bits_that_they_are(judges):
 
 
 # loading and naming
+
+
+def test_a_judge_is_kept_by_what_it_is_until_models_are_let_go(folders, tmp_path):
+    models.let_go()
+    first = load_judge(folders["clip"])
+    assert load_judge(shutil.copytree(folders["clip"], tmp_path / "copy")) is first
+    other = load_judge(folders["vit"])
+    assert load_judge(folders["clip"]) is first
+    changed = json.loads((tmp_path / "copy/config.json").read_text()) | {"quality_prompts": ["red", "blue"]}
+    (tmp_path / "copy/config.json").write_text(json.dumps(changed))
+    assert not torch.equal(load_judge(tmp_path / "copy").prompts, first.prompts), "another one now"
+    gone = weakref.ref(other.network)
+    del other
+    models.let_go()
+    gc.collect()
+    assert gone() is None
+    assert load_judge(folders["clip"]) is not first
 
 
 def test_a_published_judge_is_taken_from_the_hubs_cache(folders, judges, tmp_path, monkeypatch):

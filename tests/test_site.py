@@ -24,6 +24,7 @@ sys.path.insert(0, str(ROOT / "docs"))
 import docstrings
 
 TABLES = SHIPPED_TABLES / COMPLETE
+pytestmark = pytest.mark.xdist_group("site")  # two workers would wait for one another's building of it
 MAIN_PAGES = ("index", "results", "play", "notebooks/03-extraction", "auditors")
 
 
