@@ -726,7 +726,7 @@ def test_a_hub_repository_with_variants_only_is_fetched_whole(folders, tmp_path,
 
 
 def test_a_settled_file_has_the_same_bytes_whenever_it_is_saved_and_says_the_same(tmp_path):
-    """The library leaves the order of eight entries to chance: three files are one in 40,320 squared times as they come."""
+    """The library leaves the order of eight entries to chance, so three files as they come are hardly ever one."""
     file, tensors = tmp_path / "a.safetensors", {"b": torch.randn(3, 5), "a": torch.arange(7, dtype=torch.int8)}
     told = {f"entry {number}": 'ü "\n\\' * number for number in range(8)}
     found = set()
